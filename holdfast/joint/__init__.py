@@ -1,0 +1,28 @@
+"""The joint-training engine: one policy, several objectives. Free of any domain."""
+
+from holdfast.joint.combine import Combiner, WeightedSum
+from holdfast.joint.objective import LossTerms, Objective, Source
+from holdfast.joint.schedules import (
+    Alright,
+    Maxright,
+    Mix,
+    Schedule,
+    Sequential,
+    Stage,
+    Turn,
+)
+
+__all__ = [
+    "Alright",
+    "Combiner",
+    "LossTerms",
+    "Maxright",
+    "Mix",
+    "Objective",
+    "Schedule",
+    "Sequential",
+    "Source",
+    "Stage",
+    "Turn",
+    "WeightedSum",
+]

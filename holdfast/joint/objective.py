@@ -1,0 +1,83 @@
+"""What the engine trains on: loss terms, sources and objectives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+Row = Any
+"""One training example. The engine never looks inside; the objective's loss does."""
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """What every loss returns.
+
+    The trainer divides by the count over *all* micro-batches and ranks of a step, so a loss never
+    averages on its own. This is what makes gradients independent of how a batch is cut.
+
+    Attributes
+    ----------
+    total : Tensor
+        Scalar, differentiable: the sum of the loss over the counted elements.
+    count : Tensor
+        Scalar: how many elements (tokens, sequences, pairs, transitions) were summed.
+    metrics : Mapping[str, Tensor]
+        Detached scalars. Like ``total`` they are sums; the mean is their sum divided by ``count``.
+    """
+
+    total: Tensor
+    count: Tensor
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    """An endless, resumable stream of batches."""
+
+    def next(self) -> Sequence[Row]:
+        """The rows of the next batch, the same on every rank."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position in the stream, as plain JSON values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from the position in ``state``."""
+        ...
+
+
+@dataclass
+class Objective:
+    """A named reason to change the policy: a loss bound to a source.
+
+    Attributes
+    ----------
+    name : str
+        Unique within a run.
+    loss : callable
+        ``loss(policy, rows) -> LossTerms``. Must accept any non-empty part of a batch: the trainer
+        cuts batches into micro-batches and shards them over ranks.
+    source : Source
+        Where training batches come from. Advanced only when the objective is in the turn.
+    held_out : sequence of rows
+        Rows for evaluation. Never trained on, never used to choose an update.
+    probe : sequence of rows
+        Rows on which a schedule's optimality gap is evaluated; apart from the training rows and
+        from ``held_out``.
+    optimum : float, optional
+        The objective's optimum ``f*``, in the units of its mean loss.
+    micro_batch_size : int, optional
+        Rows a forward pass takes at a time. ``None``: the whole batch.
+    """
+
+    name: str
+    loss: Callable[[nn.Module, Sequence[Row]], LossTerms]
+    source: Source
+    held_out: Sequence[Row] = ()
+    probe: Sequence[Row] = ()
+    optimum: float | None = None
+    micro_batch_size: int | None = None
