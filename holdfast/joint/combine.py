@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
-from torch import Tensor
+if TYPE_CHECKING:  # torch is slow to import and recipes are checked without it
+    from torch import Tensor
 
-Gradient = Sequence[Tensor | None]
+Gradient: TypeAlias = "Sequence[Tensor | None]"
 """One tensor per trainable parameter, in the optimiser's order; ``None`` where there is none."""
 
 

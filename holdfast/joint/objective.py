@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor, nn
+if TYPE_CHECKING:  # torch is slow to import and recipes are checked without it
+    from torch import Tensor, nn
 
 Row = Any
 """One training example. The engine never looks inside; the objective's loss does."""

@@ -1,0 +1,558 @@
+"""The trainer: one optimiser step after another, each on the objectives of its turn.
+
+The trainer knows nothing of tokens or joints. It asks the schedule for a turn, takes the mean
+gradient of each objective in it, combines them, lets the guards look, and steps. Losses return
+sums, so the mean is taken once, over all micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from holdfast.errors import RunError, TrainingError
+from holdfast.joint.checkpoint import Checkpoint, Checkpoints, pack_optimizer, unpack_optimizer
+from holdfast.joint.combine import Combiner, WeightedSum
+from holdfast.joint.guards import ClipNorm
+from holdfast.joint.objective import LossTerms, Objective, Row
+from holdfast.joint.record import Recorder, peak_memory_bytes
+from holdfast.joint.schedules import Schedule
+
+
+@dataclass(frozen=True)
+class TrainerOptions:
+    """How to train. Names and meanings follow ``transformers.TrainingArguments``.
+
+    Attributes
+    ----------
+    max_steps : int
+        Optimiser steps of the whole run.
+    learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon : float
+        AdamW. Biases and norms (tensors of fewer than two dimensions) are not decayed.
+    lr_scheduler_type, warmup_steps
+        As in ``transformers.get_scheduler``.
+    max_grad_norm : float, optional
+        ``None``: no clipping.
+    eval_steps, save_steps : int
+        Optimiser steps between evaluations on held-out rows, and between checkpoints.
+    early_stopping_patience : int, optional
+        Stop after this many evaluations in a row in which no objective's held-out loss fell by more
+        than ``early_stopping_threshold`` below its best.
+    max_refusals : int
+        How many steps may be refused (non-finite loss or gradient) before training stops.
+    seed : int
+        Seed of dropout. Sources and schedules have their own.
+    """
+
+    max_steps: int
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    lr_scheduler_type: str = "constant"
+    warmup_steps: int = 0
+    max_grad_norm: float | None = 1.0
+    eval_steps: int = 100
+    save_steps: int = 100
+    early_stopping_patience: int | None = None
+    early_stopping_threshold: float = 0.0
+    max_refusals: int = 3
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Means over a batch or a set of rows, and the count they were taken over."""
+
+    loss: float
+    count: float
+    metrics: dict[str, float]
+
+    def as_record(self) -> dict[str, Any]:
+        return {"loss": self.loss, "count": self.count, "metrics": self.metrics}
+
+
+@dataclass
+class _Progress:
+    """What the trainer itself remembers; all of it is in the checkpoint."""
+
+    step: int = 0
+    refusals: int = 0
+    seconds: float = 0.0
+    best: dict[str, float] = field(default_factory=dict)
+    evaluations_without_improvement: int = 0
+
+
+class Trainer:
+    """Trains ``policy`` on ``objectives`` as ``schedule`` decides.
+
+    Parameters
+    ----------
+    policy : nn.Module
+        Its parameters that require a gradient are trained.
+    objectives : mapping of str to Objective
+        Must hold every objective that the schedule names.
+    schedule : Schedule
+        Decides the turn of every step.
+    options : TrainerOptions
+    accelerator : Accelerator, optional
+        Device, precision and processes. By default a plain one.
+    combiner : Combiner, optional
+        How several gradients become one. By default their weighted sum.
+    recorder : Recorder, optional
+        Only on the main process. ``None``: nothing is recorded.
+    checkpoints : Checkpoints, optional
+        ``None``: none are written.
+    fingerprint : str
+        Identifies the recipe; a checkpoint of another one is not loaded.
+
+    Raises
+    ------
+    ValueError
+        If the schedule names an objective that is absent, or nothing is trainable.
+    """
+
+    def __init__(
+        self,
+        policy: nn.Module,
+        objectives: Mapping[str, Objective],
+        schedule: Schedule,
+        options: TrainerOptions,
+        *,
+        accelerator: Accelerator | None = None,
+        combiner: Combiner | None = None,
+        recorder: Recorder | None = None,
+        checkpoints: Checkpoints | None = None,
+        fingerprint: str = "",
+    ) -> None:
+        absent = [name for name in schedule.objectives if name not in objectives]
+        if absent:
+            raise ValueError(
+                f"schedule names {', '.join(absent)}, but the objectives are {', '.join(objectives)}"
+            )
+        self.accelerator = accelerator or Accelerator()
+        self.policy = policy
+        self.objectives = objectives
+        self.schedule = schedule
+        self.options = options
+        self.combiner = combiner or WeightedSum()
+        self.guard = ClipNorm(options.max_grad_norm)
+        self.recorder = recorder
+        self.checkpoints = checkpoints
+        self.fingerprint = fingerprint
+        self._progress = _Progress()
+        self._probed: dict[str, float] = {}
+        self._interrupted: int | None = None
+
+        self._named = [(n, p) for n, p in policy.named_parameters() if p.requires_grad]
+        if not self._named:
+            raise ValueError("policy has no parameter that requires a gradient")
+        self._optimizer_plain = _adamw(self._named, options)
+        self._lr = get_scheduler(
+            options.lr_scheduler_type,
+            self._optimizer_plain,
+            num_warmup_steps=options.warmup_steps,
+            num_training_steps=options.max_steps,
+        )
+        # Evaluation uses the plain policy: ranks may hold unequal shares of the held-out rows, and
+        # a wrapped module's forward may wait for the others.
+        self.model, self._optimizer = self.accelerator.prepare(policy, self._optimizer_plain)
+        self._parameters = [parameter for _, parameter in self._named]
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done, refused ones included."""
+        return self._progress.step
+
+    def train(self) -> str:
+        """Train to the end.
+
+        Returns
+        -------
+        str
+            Why training ended: ``"finished"``, or the reason for an earlier stop.
+
+        Raises
+        ------
+        TrainingError
+            If more than ``max_refusals`` steps were refused.
+        """
+        with _Signals(self):
+            if self.step == 0:
+                self._evaluate_and_record()
+            reason = None
+            while reason is None:
+                reason = self._advance()
+        return reason
+
+    def _advance(self) -> str | None:
+        if self.step >= self.options.max_steps:
+            return "finished"
+        if not self.train_step():
+            self._evaluate_and_record()
+            self.save()
+            return "the schedule has no more turns"
+        reason = None
+        last = self.step >= self.options.max_steps
+        if (last or self.step % self.options.eval_steps == 0) and self._evaluate_and_record():
+            reason = (
+                f"no held-out loss improved in {self.options.early_stopping_patience} evaluations"
+            )
+        if self._interrupted is not None:
+            reason = f"interrupted by {signal.Signals(self._interrupted).name}"
+        if reason or last or self.step % self.options.save_steps == 0:
+            self.save()
+        return reason
+
+    # One step -------------------------------------------------------------------------------------
+
+    def train_step(self) -> bool:
+        """Take one optimiser step. ``False``: the schedule has nothing left to do."""
+        started = time.perf_counter()
+        self._seed_dropout()
+        self._probed.clear()
+        turn = self.schedule.next(self._probe)
+        if not turn.weights:
+            return False
+        batches: dict[str, Sequence[Row]] = {}
+        summaries: dict[str, Summary] = {}
+        gradients: dict[str, list[Tensor | None]] = {}
+        for name in turn.weights:
+            objective = self.objectives[name]
+            batches[name] = objective.source.next()
+            gradients[name], summaries[name] = self._gradient(objective, batches[name])
+        gradient = self.combiner(gradients, turn.weights)
+        verdict = self.guard(gradient)
+        refused = verdict.refused
+        for name, summary in summaries.items():
+            if not math.isfinite(summary.loss):
+                refused = f"the loss of {name} is {summary.loss}"
+        for parameter, part in zip(self._parameters, gradient, strict=True):
+            parameter.grad = part
+        if refused is None:
+            self._optimizer.step()
+            for name, summary in summaries.items():
+                self.schedule.observe(name, summary.loss)
+        self._optimizer.zero_grad(set_to_none=True)
+        learning_rate = self._lr.get_last_lr()[0]
+        self._lr.step()
+        self._progress.step += 1
+        self._progress.seconds += time.perf_counter() - started
+        if self.recorder is not None:
+            self.recorder.write(
+                "train",
+                self.step,
+                objectives={
+                    name: {"weight": weight, **summaries[name].as_record()}
+                    for name, weight in turn.weights.items()
+                },
+                gaps=self.schedule.gaps,
+                learning_rate=learning_rate,
+                grad_norm=verdict.grad_norm,
+                seconds=self._progress.seconds,
+            )
+            text = "  ".join(f"{name} {summary.loss:.4f}" for name, summary in summaries.items())
+            self.recorder.progress(self.step, self.options.max_steps, text)
+        if refused is not None:
+            self._refuse(refused, batches)
+        return True
+
+    def _gradient(
+        self, objective: Objective, rows: Sequence[Row]
+    ) -> tuple[list[Tensor | None], Summary]:
+        """The mean gradient over a batch, whatever its micro-batches and ranks."""
+        world = self.accelerator.num_processes
+        shard = rows[self.accelerator.process_index :: world]
+        if not shard:
+            raise RunError(
+                f"objective {objective.name!r}: a batch of {len(rows)} rows cannot be shared by "
+                f"{world} processes. Use a batch_size of at least {world}."
+            )
+        self.policy.train()
+        self._optimizer.zero_grad(set_to_none=True)
+        parts = _cut(shard, objective.micro_batch_size)
+        sums = _Sums()
+        for index, part in enumerate(parts):
+            last = index == len(parts) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                terms = objective.loss(self.model, part)
+                self.accelerator.backward(terms.total)
+            sums.add(terms)
+        summary = self._mean(sums)
+        gradient = [parameter.grad for parameter in self._parameters]
+        present = [part for part in gradient if part is not None]
+        if present and summary.count > 0:
+            # Data-parallel training averages gradients over ranks; the sum is what is wanted.
+            torch._foreach_mul_(present, world / summary.count)
+        return gradient, summary
+
+    def _refuse(self, reason: str, batches: Mapping[str, Sequence[Row]]) -> None:
+        self._progress.refusals += 1
+        saved = ""
+        if self.recorder is not None:
+            paths = [
+                self.recorder.save_refused(self.step, name, rows) for name, rows in batches.items()
+            ]
+            saved = f"; its batch is in {', '.join(str(path) for path in paths)}"
+            self.recorder.event(self.step, "refused", f"{reason}{saved}")
+        if self._progress.refusals > self.options.max_refusals:
+            raise TrainingError(
+                f"training stopped at step {self.step}: {self._progress.refusals} steps were "
+                f"refused, more than max_refusals={self.options.max_refusals}. The last one: "
+                f"{reason}{saved}. Lower the learning rate, or look at the batch."
+            )
+
+    def _seed_dropout(self) -> None:
+        # Dropout draws from torch's global generator. Its seed is a function of the step, so that
+        # a resumed run sees the same masks without storing any generator.
+        rank = self.accelerator.process_index
+        torch.manual_seed(hash((self.options.seed, self.step, rank)) & 0x7FFF_FFFF_FFFF_FFFF)
+
+    # Evaluation -----------------------------------------------------------------------------------
+
+    def evaluate(self, objective: Objective, rows: Sequence[Row]) -> Summary:
+        """Mean loss and metrics over ``rows``, in evaluation mode, without a graph."""
+        shard = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        training = self.policy.training
+        self.policy.eval()
+        sums = _Sums()
+        with torch.no_grad():
+            for part in _cut(shard, objective.micro_batch_size) if shard else []:
+                sums.add(objective.loss(self.policy, part))
+        self.policy.train(training)
+        return self._mean(sums)
+
+    def _probe(self, name: str) -> float:
+        if name not in self._probed:
+            objective = self.objectives[name]
+            if not objective.probe:
+                raise ValueError(f"objective {name!r} has no probe rows, but its gap is needed")
+            self._probed[name] = self.evaluate(objective, objective.probe).loss
+        return self._probed[name]
+
+    def _evaluate_and_record(self) -> bool:
+        """Evaluate on held-out rows. ``True``: patience has run out."""
+        summaries = {
+            name: self.evaluate(objective, objective.held_out)
+            for name, objective in self.objectives.items()
+            if objective.held_out
+        }
+        if not summaries:
+            return False
+        progress = self._progress
+        improved = False
+        for name, summary in summaries.items():
+            best = progress.best.get(name, math.inf)
+            if summary.loss < best - self.options.early_stopping_threshold:
+                improved = True
+                progress.best[name] = summary.loss
+        progress.evaluations_without_improvement = (
+            0 if improved else progress.evaluations_without_improvement + 1
+        )
+        if self.recorder is not None:
+            self.recorder.write(
+                "eval",
+                self.step,
+                objectives={name: summary.as_record() for name, summary in summaries.items()},
+                seconds=progress.seconds,
+            )
+        patience = self.options.early_stopping_patience
+        return patience is not None and progress.evaluations_without_improvement >= patience
+
+    def _mean(self, sums: _Sums) -> Summary:
+        """Means over all ranks. Every rank reports the same metrics in the same order."""
+        names, values = sums.vector()
+        if self.accelerator.num_processes > 1:
+            # A rank without rows does not know the metrics' names: agree on them first.
+            known = self.accelerator.gather_for_metrics([tuple(names)], use_gather_object=True)
+            names = max(known, key=len)
+            values = [sums.values.get(name, 0.0) for name in names]
+            reduced = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
+            values = self.accelerator.reduce(reduced, "sum").tolist()
+        by_name = dict(zip(names, values, strict=True))
+        total, count = by_name.pop("\0total", 0.0), by_name.pop("\0count", 0.0)
+        if not count:
+            return Summary(math.nan, 0.0, {})
+        return Summary(
+            total / count, count, {name: value / count for name, value in by_name.items()}
+        )
+
+    # State ----------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint, if this run keeps any."""
+        if self.checkpoints is None:
+            return
+        if self.accelerator.is_main_process:
+            tensors, packed = pack_optimizer(self._optimizer_plain)
+            progress = self._progress
+            state = {
+                "fingerprint": self.fingerprint,
+                "progress": vars(progress),
+                "optimizer": packed,
+                "lr_scheduler": {
+                    key: value for key, value in self._lr.state_dict().items() if key != "lr_lambdas"
+                },
+                "schedule": self.schedule.state_dict(),
+                "sources": {
+                    name: objective.source.state_dict()
+                    for name, objective in self.objectives.items()
+                },
+            }
+            policy = {**dict(self._named), **_persistent_buffers(self.policy)}
+            self.checkpoints.save(
+                Checkpoint(self.step, {"policy": policy, "optimizer": tensors}, state)
+            )
+            if self.recorder is not None:
+                self.recorder.describe(
+                    seconds=progress.seconds, peak_memory_bytes=peak_memory_bytes()
+                )
+        self.accelerator.wait_for_everyone()
+
+    def resume(self) -> int:
+        """Load the newest whole checkpoint and rewind the record to it.
+
+        Returns
+        -------
+        int
+            The step it stands at; 0 where there is no checkpoint yet.
+
+        Raises
+        ------
+        RunError
+            If the checkpoint belongs to another recipe.
+        """
+        if self.checkpoints is None:
+            raise ValueError("checkpoints is None: there is nothing to resume from")
+        checkpoint, damaged = self.checkpoints.load_newest()
+        if checkpoint is not None:
+            self._restore(checkpoint)
+        if self.recorder is not None:
+            # Without a checkpoint even the evaluation before the first step happens again.
+            self.recorder.rewind(self.step if checkpoint is not None else -1)
+            for line in damaged:
+                self.recorder.event(self.step, "damaged", f"{line}; an earlier one is used")
+            if checkpoint is not None:
+                self.recorder.event(self.step, "resumed", f"from the checkpoint of step {self.step}")
+        return self.step
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state
+        if state["fingerprint"] != self.fingerprint:
+            raise RunError(
+                f"the checkpoint of step {checkpoint.step} in {self.checkpoints and self.checkpoints.folder} "
+                "was written with another recipe"
+            )
+        here = {**dict(self._named), **_persistent_buffers(self.policy)}
+        saved = checkpoint.tensors["policy"]
+        if set(here) != set(saved):
+            raise RunError("the checkpoint's parameters are not those of the policy")
+        with torch.no_grad():
+            for name, tensor in here.items():
+                tensor.copy_(saved[name])
+        unpack_optimizer(
+            self._optimizer_plain, checkpoint.tensors["optimizer"], state["optimizer"]
+        )
+        self._lr.load_state_dict(state["lr_scheduler"])
+        self.schedule.load_state_dict(state["schedule"])
+        for name, source_state in state["sources"].items():
+            self.objectives[name].source.load_state_dict(source_state)
+        self._progress = _Progress(**state["progress"])
+
+
+class _Sums:
+    """Totals, counts and metrics of micro-batches, added up in double precision."""
+
+    def __init__(self) -> None:
+        self._terms: list[LossTerms] = []
+        self.values: dict[str, float] = {}
+
+    def add(self, terms: LossTerms) -> None:
+        self._terms.append(
+            LossTerms(terms.total.detach(), terms.count.detach(), dict(terms.metrics))
+        )
+
+    def vector(self) -> tuple[list[str], list[float]]:
+        """Names and sums. One transfer from the device for all of them."""
+        if not self._terms:
+            return [], []
+        names = ["\0total", "\0count", *self._terms[0].metrics]
+        stacked = torch.stack(
+            [
+                torch.stack(
+                    [part.double() for part in (t.total, t.count, *t.metrics.values())]
+                )
+                for t in self._terms
+            ]
+        )
+        values = stacked.sum(0).tolist()
+        self.values = dict(zip(names, values, strict=True))
+        return names, values
+
+
+class _Signals:
+    """Turns Ctrl-C and SIGTERM into a stop at the next step, with a checkpoint."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        def note(number: int, frame: Any) -> None:
+            if self._trainer._interrupted is not None:
+                raise KeyboardInterrupt  # asked twice: stop at once
+            self._trainer._interrupted = number
+
+        try:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._old[number] = signal.signal(number, note)
+        except ValueError:
+            pass  # not in the main thread, where signals cannot be handled
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+def _adamw(
+    named: Sequence[tuple[str, nn.Parameter]], options: TrainerOptions
+) -> torch.optim.Optimizer:
+    matrices = [parameter for _, parameter in named if parameter.ndim >= 2]
+    vectors = [parameter for _, parameter in named if parameter.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": options.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        fused=True,
+    )
+
+
+def _cut(rows: Sequence[Row], size: int | None) -> list[Sequence[Row]]:
+    size = size or len(rows)
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    saved = module.state_dict(keep_vars=True)
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    return {
+        name: value
+        for name, value in saved.items()
+        if isinstance(value, Tensor) and name not in parameters
+    }
