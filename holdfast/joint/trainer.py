@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import get_scheduler
 
@@ -209,11 +210,20 @@ class Trainer:
             reason = (
                 f"no held-out loss improved in {self.options.early_stopping_patience} evaluations"
             )
-        if self._interrupted is not None:
-            reason = f"interrupted by {signal.Signals(self._interrupted).name}"
+        interrupted = self._agree_on_interrupt()
+        if interrupted:
+            reason = f"interrupted by {signal.Signals(interrupted).name}"
         if reason or last or self.step % self.options.save_steps == 0:
             self.save()
         return reason
+
+    def _agree_on_interrupt(self) -> int:
+        """The signal that any rank was sent, or 0: all ranks must stop at the same step."""
+        number = self._interrupted or 0
+        if self.accelerator.num_processes == 1:
+            return number
+        seen = torch.tensor([number], device=self.accelerator.device)
+        return int(self.accelerator.gather(seen).max())
 
     # One step -------------------------------------------------------------------------------------
 
@@ -371,16 +381,13 @@ class Trainer:
         return patience is not None and progress.evaluations_without_improvement >= patience
 
     def _mean(self, sums: _Sums) -> Summary:
-        """Means over all ranks. Every rank reports the same metrics in the same order."""
-        names, values = sums.vector()
+        """Means over all ranks."""
+        by_name = sums.by_name()
         if self.accelerator.num_processes > 1:
-            # A rank without rows does not know the metrics' names: agree on them first.
-            known = self.accelerator.gather_for_metrics([tuple(names)], use_gather_object=True)
-            names = max(known, key=len)
-            values = [sums.values.get(name, 0.0) for name in names]
-            reduced = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
-            values = self.accelerator.reduce(reduced, "sum").tolist()
-        by_name = dict(zip(names, values, strict=True))
+            # As objects, since a rank without held-out rows does not know the metrics' names.
+            ranks: list[dict[str, float]] = gather_object([by_name])
+            names = max(ranks, key=len)
+            by_name = {name: math.fsum(rank.get(name, 0.0) for rank in ranks) for name in names}
         total, count = by_name.pop("\0total", 0.0), by_name.pop("\0count", 0.0)
         if not count:
             return Summary(math.nan, 0.0, {})
@@ -476,29 +483,24 @@ class _Sums:
 
     def __init__(self) -> None:
         self._terms: list[LossTerms] = []
-        self.values: dict[str, float] = {}
 
     def add(self, terms: LossTerms) -> None:
         self._terms.append(
             LossTerms(terms.total.detach(), terms.count.detach(), dict(terms.metrics))
         )
 
-    def vector(self) -> tuple[list[str], list[float]]:
-        """Names and sums. One transfer from the device for all of them."""
+    def by_name(self) -> dict[str, float]:
+        """The sums. One transfer from the device for all of them."""
         if not self._terms:
-            return [], []
+            return {}
         names = ["\0total", "\0count", *self._terms[0].metrics]
-        stacked = torch.stack(
-            [
-                torch.stack(
-                    [part.double() for part in (t.total, t.count, *t.metrics.values())]
-                )
-                for t in self._terms
-            ]
-        )
-        values = stacked.sum(0).tolist()
-        self.values = dict(zip(names, values, strict=True))
-        return names, values
+        parts = [
+            part.double()
+            for terms in self._terms
+            for part in (terms.total, terms.count, *terms.metrics.values())
+        ]
+        sums = torch.stack(parts).view(len(self._terms), len(names)).sum(0)
+        return dict(zip(names, sums.tolist(), strict=True))
 
 
 class _Signals:

@@ -1,0 +1,303 @@
+"""From a validated recipe to the objects that train: policy, objectives, schedule, trainer."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from holdfast.errors import DataError, RecipeError
+from holdfast.joint import Alright, Maxright, Mix, Objective, Schedule, Sequential
+from holdfast.joint.batches import Batches
+from holdfast.joint.checkpoint import Checkpoints
+from holdfast.joint.record import Recorder
+from holdfast.joint.trainer import Trainer, TrainerOptions
+from holdfast.language.data import (
+    fingerprint,
+    load_demonstrations,
+    load_preferences,
+    read_rows,
+    split_rows,
+)
+from holdfast.language.model import PRESETS, LanguagePolicy, load_policy, load_tokenizer
+from holdfast.language.objectives import Dpo, Nll
+from holdfast.language.reference import with_reference
+from holdfast.language.tokenizers import build_tokenizer, train_bpe
+from holdfast.recipe import (
+    AlrightSpec,
+    DpoSpec,
+    LanguagePolicySpec,
+    MaxrightSpec,
+    MixSpec,
+    NllSpec,
+    Recipe,
+)
+
+SPLIT_SEED = 0
+"""Which rows are held out never depends on a run's seed: a row held out once is held out always."""
+
+
+def cache_folder() -> Path:
+    """Where values that are dear to compute are kept: ``HOLDFAST_CACHE``, or a user's cache."""
+    named = os.environ.get("HOLDFAST_CACHE")
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "holdfast"
+
+
+@dataclass
+class Assembly:
+    """What a recipe was built into.
+
+    Attributes
+    ----------
+    policy : LanguagePolicy
+        On its device, before any update.
+    objectives : dict of str to Objective
+        With their rows; optima only where the recipe gives numbers.
+    fingerprint : str
+        Digest of recipe, data and initial policy: equal only if the runs are the same run.
+    keys : dict of str to str
+        Per objective, digest of the policy, the rows and all else that its optimum depends on.
+    """
+
+    policy: LanguagePolicy
+    objectives: dict[str, Objective]
+    fingerprint: str
+    keys: dict[str, str]
+
+
+def assemble(
+    recipe: Recipe,
+    accelerator: Accelerator,
+    *,
+    tokenizer_folder: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Assembly:
+    """Load policy and data.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Validated.
+    accelerator : Accelerator
+        Says which device is used; the main process fills caches while the others wait.
+    tokenizer_folder : Path, optional
+        A tokenizer saved by the run itself, which then wins over building it again.
+    say : callable
+        Told what happens, for a person to read.
+
+    Raises
+    ------
+    HoldfastError
+        For a model or data that cannot be used.
+    """
+    policy = _policy(recipe.policy, recipe.training.seed, tokenizer_folder)
+    if recipe.training.gradient_checkpointing:
+        policy.enable_gradient_checkpointing()
+    policy.to(accelerator.device)
+    weights = policy.fingerprint()
+    objectives: dict[str, Objective] = {}
+    digests: dict[str, str] = {}
+    for name, spec in recipe.objectives.items():
+        train, probe, held_out = _rows(name, spec, policy, say)
+        digests[name] = _digest(weights, *(fingerprint(part) for part in (train, probe, held_out)))
+        if isinstance(spec, DpoSpec):
+            with accelerator.main_process_first():
+                train, probe, held_out = _scored(
+                    spec, policy, weights, (train, probe, held_out), say
+                )
+        objectives[name] = Objective(
+            name=name,
+            loss=_loss(spec, policy),
+            source=Batches(
+                train,
+                spec.batch_size,
+                seed=recipe.training.seed,
+                length=lambda row: row.length,
+            ),
+            # Rows of like length together: less padding, same means.
+            held_out=sorted(held_out, key=lambda row: row.length),
+            probe=sorted(probe, key=lambda row: row.length),
+            optimum=spec.optimum if isinstance(spec.optimum, float) else None,
+            micro_batch_size=spec.micro_batch_size or spec.batch_size,
+        )
+    everything = _digest(recipe.fingerprint(), *digests.values())
+    keys = {
+        name: _digest(alone(recipe, name).fingerprint(), digests[name]) for name in objectives
+    }
+    return Assembly(policy, objectives, everything, keys)
+
+
+def alone(recipe: Recipe, name: str) -> Recipe:
+    """The recipe that trains one objective alone, from the same start, for the same budget."""
+    values = recipe.dump()
+    values["objectives"] = {name: {**values["objectives"][name], "optimum": None}}
+    steps = recipe.training.max_steps
+    values["schedule"] = {"kind": "sequential", "stages": [{"objective": name, "steps": steps}]}
+    values["training"]["report_to"] = []
+    values.update(name=f"{recipe.name}-{name}-alone", output=None)
+    return Recipe.model_validate(values)
+
+
+def build_schedule(recipe: Recipe, optima: Mapping[str, float]) -> Schedule:
+    """The schedule of a recipe; ``optima`` for those that use gaps."""
+    spec = recipe.schedule
+    if isinstance(spec, MixSpec):
+        return Mix(spec.weights)
+    if isinstance(spec, AlrightSpec):
+        return Alright(spec.weights, recipe.training.seed if spec.seed is None else spec.seed)
+    if isinstance(spec, MaxrightSpec):
+        return Maxright(spec.weights, optima, spec.evaluate_every, smoothing=spec.smoothing)
+    return Sequential([stage.stage() for stage in spec.stages])
+
+
+def build_trainer(
+    recipe: Recipe,
+    assembly: Assembly,
+    optima: Mapping[str, float],
+    accelerator: Accelerator,
+    *,
+    folder: Path,
+    recorder: Recorder | None,
+) -> Trainer:
+    """The trainer of a run that lives in ``folder``."""
+    training = recipe.training.model_dump()
+    own = ("bf16", "gradient_checkpointing", "save_total_limit", "report_to")
+    keep = training["save_total_limit"]
+    for entry in own:
+        training.pop(entry)
+    for name, optimum in optima.items():
+        assembly.objectives[name].optimum = optimum
+    return Trainer(
+        assembly.policy,
+        assembly.objectives,
+        build_schedule(recipe, optima),
+        TrainerOptions(**training),
+        accelerator=accelerator,
+        recorder=recorder,
+        checkpoints=Checkpoints(folder / "checkpoints", keep),
+        fingerprint=assembly.fingerprint,
+    )
+
+
+def _policy(spec: LanguagePolicySpec, seed: int, tokenizer_folder: Path | None) -> LanguagePolicy:
+    return load_policy(
+        spec.model_name_or_path,
+        tokenizer=_tokenizer(spec, tokenizer_folder),
+        revision=spec.revision,
+        dtype=spec.dtype,
+        attn_implementation=spec.attn_implementation,
+        config=spec.config,
+        lora=spec.lora.model_dump() if spec.lora else None,
+        seed=seed,
+    )
+
+
+def _tokenizer(spec: LanguagePolicySpec, saved: Path | None) -> Any:
+    if saved is not None and saved.is_dir():
+        return load_tokenizer(str(saved))
+    chosen = spec.tokenizer
+    if chosen is None:
+        return build_tokenizer() if spec.model_name_or_path in PRESETS else None
+    if chosen.kind == "pretrained":
+        return load_tokenizer(str(chosen.name_or_path))
+    if chosen.kind == "bpe":
+        texts = [
+            text
+            for file in chosen.files
+            for row in read_rows(file, base=Path())
+            for text in row.texts()
+        ]
+        return train_bpe(texts, chosen.vocab_size)
+    return build_tokenizer()
+
+
+def _rows(
+    name: str, spec: NllSpec | DpoSpec, policy: LanguagePolicy, say: Callable[[str], None]
+) -> tuple[list[Any], list[Any], list[Any]]:
+    data = spec.data
+    load = load_preferences if isinstance(spec, DpoSpec) else load_demonstrations
+
+    def encoded(path: str) -> list[Any]:
+        raw = read_rows(path, base=Path(), split=data.split)
+        rows, dropped = load(
+            raw, policy.tokenizer, max_length=data.max_length, bad_rows=data.bad_rows
+        )
+        for reason, count in dropped.items():
+            say(f"{name}: dropped {count} of {len(raw)} rows of {path} ({reason})")
+        return list(rows)
+
+    rows = encoded(data.path)
+    if data.max_rows is not None and len(rows) > data.max_rows:
+        # A random part: files are often sorted.
+        rows = random.Random(SPLIT_SEED).sample(rows, data.max_rows)
+    try:
+        if data.held_out_path is None:
+            return split_rows(rows, held_out=data.held_out, probe=data.probe, seed=SPLIT_SEED)
+        train, probe, _ = split_rows(rows, held_out=0, probe=data.probe, seed=SPLIT_SEED)
+        held_out = encoded(data.held_out_path)
+        if 0 < data.held_out < len(held_out):
+            held_out = random.Random(SPLIT_SEED).sample(held_out, data.held_out)
+        return train, probe, held_out
+    except DataError as error:
+        raise DataError(f"objectives.{name}.data: {error}") from error
+
+
+def _loss(spec: NllSpec | DpoSpec, policy: LanguagePolicy) -> Any:
+    if isinstance(spec, DpoSpec):
+        return Dpo(
+            policy.pad_id,
+            beta=spec.beta,
+            variant=spec.loss_type,
+            label_smoothing=spec.label_smoothing,
+        )
+    return Nll(policy.pad_id, spec.aggregation)
+
+
+def _scored(
+    spec: DpoSpec,
+    policy: LanguagePolicy,
+    weights: str,
+    parts: tuple[list[Any], list[Any], list[Any]],
+    say: Callable[[str], None],
+) -> tuple[list[Any], list[Any], list[Any]]:
+    reference, known = policy, weights
+    if spec.reference is not None:
+        reference = load_policy(spec.reference, tokenizer=policy.tokenizer)
+        reference.to(next(policy.parameters()).device)
+        known = reference.fingerprint()
+    say(f"reference log-probabilities of {sum(map(len, parts))} pairs")
+    rows = [row for part in parts for row in part]
+    scored = with_reference(rows, reference, cache_folder(), policy_fingerprint=known)
+    first, second = len(parts[0]), len(parts[0]) + len(parts[1])
+    return scored[:first], scored[first:second], scored[second:]
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def accelerator_for(recipe: Recipe, folder: Path) -> Accelerator:
+    """An accelerator with the recipe's precision and trackers.
+
+    Raises
+    ------
+    RecipeError
+        If a tracker is not installed.
+    """
+    try:
+        return Accelerator(
+            mixed_precision="bf16" if recipe.training.bf16 else "no",
+            log_with=list(recipe.training.report_to) or None,
+            project_dir=str(folder),
+        )
+    except (ValueError, ImportError) as error:
+        raise RecipeError(f"training.report_to or training.bf16: {error}") from error

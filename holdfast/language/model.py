@@ -1,0 +1,377 @@
+"""Language models as policies: loading, presets, LoRA, and the head that losses read."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from holdfast.errors import ModelError
+from holdfast.language.head import Head, TokenStatistics, token_statistics
+
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tiny-qwen2": (
+        "Qwen2Config",
+        {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "tiny-llama": (
+        "LlamaConfig",
+        {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "tiny-gemma2": (
+        "Gemma2Config",
+        {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 2048,
+        },
+    ),
+    "small-qwen2": (
+        "Qwen2Config",
+        {
+            "hidden_size": 256,
+            "intermediate_size": 768,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 4096,
+            "tie_word_embeddings": True,
+        },
+    ),
+}
+"""Models built from transformers' own configuration classes, so that everything runs without a hub."""
+
+
+class LanguagePolicy(nn.Module):
+    """A causal language model as a policy.
+
+    Parameters
+    ----------
+    model : PreTrainedModel or PeftModel
+        A causal language model of transformers, with or without a LoRA adapter.
+    tokenizer : Tokenizer
+        Its tokenizer.
+
+    Raises
+    ------
+    ModelError
+        If the model's output layer does something to the logits that Holdfast cannot follow.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self._check_head()
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The transformers model, below any adapter."""
+        if isinstance(self.model, peft.PeftModel):
+            return self.model.get_base_model()
+        return self.model
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills short rows. Never counted, so which one it is changes nothing."""
+        for candidate in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if candidate is not None:
+                return int(candidate)
+        return 0
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, *, statistics: bool = False
+    ) -> TokenStatistics:
+        """Log-probabilities of the labels.
+
+        Parameters
+        ----------
+        input_ids : Tensor, (batch, time), int64
+            Padded on the right. No attention mask is needed: the model is causal, so padding on the
+            right cannot reach a token on its left.
+        labels : Tensor, (batch, time), int64
+            The token to be scored at each position, -100 where none is; not shifted.
+        statistics : bool
+            Also return entropy and correctness.
+
+        Returns
+        -------
+        TokenStatistics
+            Fields of shape (batch, time - 1): entry ``t`` scores ``labels[:, t + 1]``.
+        """
+        decoder = self.base.get_decoder()
+        hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        return token_statistics(
+            hidden[:, :-1], self.head(), labels[:, 1:], statistics=statistics
+        )
+
+    def head(self) -> Head:
+        """The output layer, as the chunked projection reads it."""
+        layer = self.base.get_output_embeddings()
+        scale, softcap = _logit_scale(self.base), _softcap(self.base)
+        return Head(layer.weight, getattr(layer, "bias", None), scale, softcap)
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[LanguagePolicy]:
+        """This policy without its adapter, in evaluation mode.
+
+        Without an adapter the policy itself is its reference, which is true only before the first
+        update: reference log-probabilities are taken then, once, and cached.
+        """
+        training = self.training
+        self.eval()
+        without = (
+            self.model.disable_adapter()
+            if isinstance(self.model, peft.PeftModel)
+            else contextlib.nullcontext()
+        )
+        with without, torch.no_grad():
+            yield self
+        self.train(training)
+
+    def fingerprint(self) -> str:
+        """Digest of every weight: equal for equal policies, wherever they came from."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trade time for memory: recompute activations in the backward pass."""
+        self.base.gradient_checkpointing_enable({"use_reentrant": False})
+        if isinstance(self.model, peft.PeftModel):
+            self.base.enable_input_require_grads()
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write model (or adapter) and tokenizer in transformers' format."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def _check_head(self) -> None:
+        # Families scale or cap their logits in ways of their own. Instead of a list of families that
+        # would age, compare the head with the model's own logits on a few tokens.
+        training = self.training
+        self.eval()
+        device = next(self.parameters()).device
+        vocabulary = self.base.get_output_embeddings().weight.shape[0]
+        ids = torch.arange(16, device=device).unsqueeze(0) % vocabulary
+        with torch.no_grad():
+            ours = self(ids, ids).logps
+            logits = self.base(input_ids=ids, use_cache=False).logits[:, :-1]
+            theirs = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        self.train(training)
+        worst = (ours - theirs).abs().max().item()
+        if not worst <= (1e-3 if logits.dtype == torch.float32 else 0.1):
+            raise ModelError(
+                f"the output layer of {type(self.base).__name__} (model type "
+                f"{self.base.config.model_type!r}) changes its logits in a way that Holdfast does "
+                f"not know (log-probabilities differ by {worst:.3g}). Use a model of another family."
+            )
+
+
+def load_policy(
+    model_name_or_path: str,
+    *,
+    tokenizer: Tokenizer | None = None,
+    revision: str | None = None,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    lora: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> LanguagePolicy:
+    """Load or build a policy.
+
+    Parameters
+    ----------
+    model_name_or_path : str
+        The name of a preset, a local directory, or a hub id.
+    tokenizer : Tokenizer, optional
+        By default the model's own. Required for a preset.
+    revision, attn_implementation
+        As in ``from_pretrained``.
+    dtype : str
+        Of the weights: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+    config : mapping, optional
+        Entries of the preset's configuration to replace, such as ``hidden_size``.
+    lora : mapping, optional
+        Options of ``peft.LoraConfig``. ``None``: all weights are trained.
+    seed : int
+        Of the initial weights of a preset and of an adapter.
+
+    Raises
+    ------
+    ModelError
+        If there is no such model, no tokenizer, or a LoRA target matches nothing.
+    """
+    with _seeded(seed):
+        if model_name_or_path in PRESETS:
+            if tokenizer is None:
+                raise ModelError(f"preset {model_name_or_path!r} needs a tokenizer: bytes or bpe")
+            model = _build_preset(model_name_or_path, tokenizer, dtype, config or {})
+        else:
+            if config:
+                raise ModelError(
+                    f"policy.config changes the configuration of a preset, but "
+                    f"{model_name_or_path!r} is not one of {', '.join(PRESETS)}"
+                )
+            model = _load_model(model_name_or_path, revision, dtype, attn_implementation)
+            if tokenizer is None:
+                tokenizer = load_tokenizer(model_name_or_path, revision)
+            _check_vocabulary(model, tokenizer, model_name_or_path)
+        if lora is not None:
+            model = _add_lora(model, lora)
+    return LanguagePolicy(model, tokenizer)
+
+
+def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
+    """The tokenizer of a model directory or hub id.
+
+    Raises
+    ------
+    ModelError
+        If it has none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{name_or_path} has no tokenizer that can be loaded ({_first_line(error)}). Save one "
+            "beside the model (tokenizer.json, tokenizer_config.json), or name one with "
+            "policy.tokenizer."
+        ) from error
+
+
+def _build_preset(
+    name: str, tokenizer: Tokenizer, dtype: str, overrides: Mapping[str, Any]
+) -> PreTrainedModel:
+    class_name, values = PRESETS[name]
+    config_class = getattr(transformers, class_name)
+    known = set(config_class().to_dict())
+    for key in overrides:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ModelError(
+                f"policy.config.{key}: {class_name} has no such entry"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+    config = config_class(
+        **{**values, **overrides},
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+
+
+def _load_model(
+    name_or_path: str, revision: str | None, dtype: str, attn_implementation: str | None
+) -> PreTrainedModel:
+    looks_local = Path(name_or_path).is_absolute() or name_or_path.startswith(".")
+    if looks_local and not Path(name_or_path).is_dir():
+        raise ModelError(f"model directory {name_or_path} does not exist")
+    try:
+        AutoConfig.from_pretrained(name_or_path, revision=revision)
+        return AutoModelForCausalLM.from_pretrained(
+            name_or_path,
+            revision=revision,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        near = difflib.get_close_matches(name_or_path, PRESETS, n=1)
+        hint = f" Did you mean the preset {near[0]!r}?" if near else ""
+        raise ModelError(
+            f"cannot load model {name_or_path!r}: {_first_line(error)}.{hint} Expected a preset "
+            f"({', '.join(PRESETS)}), a directory with config.json and weights, or a hub id."
+        ) from error
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer, name: str) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens, but {name} has embeddings for {rows}: they "
+            "do not belong together"
+        )
+
+
+def _add_lora(model: PreTrainedModel, options: Mapping[str, Any]) -> nn.Module:
+    try:
+        adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    except ValueError as error:
+        suffixes = sorted(
+            {
+                name.rsplit(".", 1)[-1]
+                for name, module in model.named_modules()
+                if isinstance(module, nn.Linear)
+            }
+        )
+        raise ModelError(
+            f"policy.lora.target_modules {options.get('target_modules')!r} matches nothing in "
+            f"{type(model).__name__} ({_first_line(error)}). Its linear layers: "
+            f"{', '.join(suffixes)}"
+        ) from error
+    return adapted
+
+
+def _logit_scale(model: PreTrainedModel) -> float:
+    """The factor on the logits, under the names that model families give it."""
+    config = model.config.get_text_config()
+    kind = config.model_type
+    if getattr(config, "logit_scale", None) is not None:  # Cohere
+        return float(config.logit_scale)
+    if getattr(config, "logits_scaling", None) is not None:  # Granite divides, HyperCLOVA multiplies
+        scaling = float(config.logits_scaling)
+        return scaling if "hyperclova" in kind else 1.0 / scaling
+    if getattr(config, "lm_head_multiplier", None) is not None:  # Falcon-H1
+        return float(config.lm_head_multiplier)
+    return 1.0
+
+
+def _softcap(model: PreTrainedModel) -> float | None:
+    return getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # Gemma
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Initialisers draw from torch's global generator: lend it a seed and give it back."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

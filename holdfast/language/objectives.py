@@ -1,0 +1,114 @@
+"""Losses of language models bound to rows: what a recipe's ``nll`` and ``dpo`` mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from holdfast.joint.objective import LossTerms
+from holdfast.language.data import Demonstration, Encoded, Preference, collate
+from holdfast.language.head import TokenStatistics
+from holdfast.language.losses import dpo, nll_from_statistics
+
+
+class Nll:
+    """Negative log-likelihood of the counted tokens of demonstrations.
+
+    Parameters
+    ----------
+    pad_id : int
+        Token that fills short rows.
+    aggregation : str
+        As in :func:`holdfast.language.losses.nll`.
+    """
+
+    def __init__(self, pad_id: int, aggregation: str = "token-mean") -> None:
+        self.pad_id = pad_id
+        self.aggregation = aggregation
+
+    def __call__(self, policy: nn.Module, rows: Sequence[Demonstration]) -> LossTerms:
+        # Entropy and accuracy cost another pass over the tiles: only evaluation pays for it.
+        scored = score(policy, [row.tokens for row in rows], self.pad_id, not policy.training)
+        return nll_from_statistics(scored, aggregation=self.aggregation)
+
+
+class Dpo:
+    """Preference loss of pairs whose reference log-probabilities are known.
+
+    Parameters
+    ----------
+    pad_id : int
+        Token that fills short rows.
+    beta : float
+        Strength of the implied KL penalty, above 0.
+    variant : str
+        ``"sigmoid"``, ``"ipo"`` (on log-probabilities averaged over the completion, as TRL does) or
+        ``"hinge"``.
+    label_smoothing : float
+        In [0, 0.5), with ``"sigmoid"`` only.
+    """
+
+    def __init__(
+        self,
+        pad_id: int,
+        *,
+        beta: float = 0.1,
+        variant: Literal["sigmoid", "ipo", "hinge"] = "sigmoid",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        self.pad_id = pad_id
+        self.beta = beta
+        self.variant = variant
+        self.label_smoothing = label_smoothing
+
+    def __call__(self, policy: nn.Module, rows: Sequence[Preference]) -> LossTerms:
+        missing = [row.origin for row in rows if row.reference_chosen_logps is None]
+        if missing:
+            raise ValueError(f"rows without reference log-probabilities: {', '.join(missing)}")
+        # One forward pass for both halves of every pair.
+        sides = [row.chosen for row in rows] + [row.rejected for row in rows]
+        scored = score(policy, sides, self.pad_id, False)
+        device = scored.logps.device
+        reference = torch.tensor(
+            [row.reference_chosen_logps for row in rows]
+            + [row.reference_rejected_logps for row in rows],
+            dtype=torch.float32,
+            device=device,
+        )
+        logps = scored.logps.sum(-1)
+        if self.variant == "ipo":
+            lengths = scored.mask.sum(-1).clamp(min=1)
+            logps, reference = logps / lengths, reference / lengths
+        chosen, rejected = logps.chunk(2)
+        reference_chosen, reference_rejected = reference.chunk(2)
+        return dpo(
+            chosen,
+            rejected,
+            reference_chosen,
+            reference_rejected,
+            beta=self.beta,
+            variant=self.variant,
+            label_smoothing=self.label_smoothing,
+        )
+
+
+def score(
+    policy: nn.Module, rows: Sequence[Encoded], pad_id: int, statistics: bool
+) -> TokenStatistics:
+    """Log-probabilities of the counted tokens of ``rows``, (batch, time - 1)."""
+    device = next(policy.parameters()).device
+    input_ids, labels = collate(rows, pad_id)
+    scored: TokenStatistics = policy(
+        input_ids.to(device, non_blocking=True),
+        labels.to(device, non_blocking=True),
+        statistics=statistics,
+    )
+    return scored
+
+
+def sequence_logps(policy: nn.Module, rows: Sequence[Encoded], pad_id: int) -> Tensor:
+    """Summed log-probability of each row's counted tokens, (batch,)."""
+    return score(policy, rows, pad_id, False).logps.sum(-1)

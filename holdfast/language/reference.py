@@ -1,0 +1,107 @@
+"""Reference log-probabilities: taken once, before the first update, and cached on disk.
+
+The reference is the policy as it was passed in (its base, where it has an adapter), never a model
+that was silently loaded again. Since every row is scored before training starts, no second model
+stays in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from holdfast.language.data import Preference, fingerprint
+from holdfast.language.model import LanguagePolicy
+from holdfast.language.objectives import sequence_logps
+
+
+def with_reference(
+    rows: Sequence[Preference],
+    policy: LanguagePolicy,
+    cache: Path,
+    *,
+    policy_fingerprint: str | None = None,
+    tokens_at_once: int = 8192,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Preference]:
+    """The rows with the log-probabilities of both sides under the reference.
+
+    Parameters
+    ----------
+    rows : sequence of Preference
+        Pairs, in any order.
+    policy : LanguagePolicy
+        The reference (see :meth:`LanguagePolicy.reference`).
+    cache : Path
+        Folder of the cache. An entry is found by digest of policy and rows.
+    policy_fingerprint : str, optional
+        ``policy.fingerprint()``, if it is known already.
+    tokens_at_once : int
+        Padded tokens in a forward pass.
+    progress : callable, optional
+        Called with rows done and rows in all.
+
+    Returns
+    -------
+    list of Preference
+        In the order of ``rows``.
+    """
+    if not rows:
+        return []
+    known = policy_fingerprint or policy.fingerprint()
+    key = hashlib.sha256(f"{known} {fingerprint(rows)}".encode()).hexdigest()
+    path = cache / "reference" / f"{key}.safetensors"
+    logps = _read(path, len(rows))
+    if logps is None:
+        logps = _score(rows, policy, tokens_at_once, progress)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{hashlib.sha256(str(id(rows)).encode()).hexdigest()[:8]}")
+        save_file({"logps": logps}, partial)
+        partial.replace(path)
+    chosen, rejected = logps.tolist()
+    return [
+        replace(row, reference_chosen_logps=c, reference_rejected_logps=r)
+        for row, c, r in zip(rows, chosen, rejected, strict=True)
+    ]
+
+
+def _read(path: Path, count: int) -> torch.Tensor | None:
+    try:
+        logps = load_file(path)["logps"]
+    except (OSError, KeyError, SafetensorError):
+        return None  # absent, or damaged: it is computed again
+    return logps if tuple(logps.shape) == (2, count) else None
+
+
+def _score(
+    rows: Sequence[Preference],
+    policy: LanguagePolicy,
+    tokens_at_once: int,
+    progress: Callable[[int, int], None] | None,
+) -> torch.Tensor:
+    logps = torch.empty(2, len(rows), dtype=torch.float32)
+    # By length, so that little is padded.
+    order = sorted(range(len(rows)), key=lambda index: rows[index].length)
+    done = 0
+    with policy.reference() as reference:
+        while done < len(order):
+            size = 1
+            while done + size < len(order):
+                longest = rows[order[done + size]].length
+                if 2 * (size + 1) * longest > tokens_at_once:
+                    break
+                size += 1
+            part = order[done : done + size]
+            sides = [rows[i].chosen for i in part] + [rows[i].rejected for i in part]
+            scored = sequence_logps(reference, sides, policy.pad_id).float().cpu()
+            logps[:, part] = scored.view(2, size)
+            done += size
+            if progress is not None:
+                progress(done, len(order))
+    return logps

@@ -1,0 +1,323 @@
+"""Runs: train a recipe into a directory, resume it, find optima."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from accelerate import Accelerator
+from rich.console import Console
+
+from holdfast.assemble import (
+    Assembly,
+    accelerator_for,
+    alone,
+    assemble,
+    build_trainer,
+    cache_folder,
+)
+from holdfast.errors import HoldfastError, RunError
+from holdfast.joint.record import Recorder, machine, peak_memory_bytes, versions, write_json
+from holdfast.recipe import Recipe, parse_recipe
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """Where a recipe's run lives."""
+    return Path(recipe.output or Path("runs") / recipe.name)
+
+
+def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = None) -> Path:
+    """Train a recipe from its start.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Validated.
+    overwrite : bool
+        Replace a run that is already there.
+    console : Console, optional
+        Where a person is told what happens.
+
+    Returns
+    -------
+    Path
+        The run directory.
+
+    Raises
+    ------
+    RunError
+        If the directory already holds a run.
+    HoldfastError
+        For anything else that a user can mend.
+    """
+    folder = run_folder(recipe)
+    accelerator = accelerator_for(recipe, folder)
+    if accelerator.is_main_process:
+        _claim(folder, recipe, overwrite)
+    accelerator.wait_for_everyone()
+    return _execute(recipe, folder, accelerator, resume=False, console=console)
+
+
+def resume(folder: Path, *, console: Console | None = None) -> Path:
+    """Continue a run from its newest whole checkpoint, bit for bit as if it had never stopped.
+
+    Raises
+    ------
+    RunError
+        If there is no run in ``folder``.
+    """
+    recipe = recipe_of(folder)
+    described = json.loads((folder / "run.json").read_text("utf-8"))
+    if described.get("status") == "finished":
+        if console is not None:
+            console.print(f"{folder} is finished already: nothing to resume")
+        return folder
+    threads = described.get("machine", {}).get("threads")
+    if threads:
+        # How a sum is split over threads decides its last bits.
+        torch.set_num_threads(threads)
+    accelerator = accelerator_for(recipe, folder)
+    return _execute(recipe, folder, accelerator, resume=True, console=console)
+
+
+def find_optima(recipe: Recipe, *, console: Console | None = None) -> dict[str, float]:
+    """The optimum of every objective whose ``optimum`` is ``auto`` or missing.
+
+    Each is trained alone, from the same start and for the same budget; the optimum is its lowest
+    mean loss on held-out rows. Values are cached under a digest of what they depend on, which does
+    not include the schedule: another weight never repeats them.
+    """
+    accelerator = accelerator_for(recipe, cache_folder())
+    assembly = assemble(recipe, accelerator, say=_say(console, accelerator))
+    wanted = [name for name, spec in recipe.objectives.items() if spec.optimum in ("auto", None)]
+    return {
+        name: _optimum(recipe, name, assembly.keys[name], console) for name in wanted
+    }
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The resolved recipe of a run.
+
+    Raises
+    ------
+    RunError
+        If ``folder`` is not a run directory.
+    """
+    path = folder / "recipe.yaml"
+    if not path.is_file() or not (folder / "run.json").is_file():
+        raise RunError(
+            f"{folder} is not a run directory: it has no recipe.yaml and run.json. Name the folder "
+            "that 'holdfast train' printed, such as runs/quickstart."
+        )
+    return parse_recipe(yaml.safe_load(path.read_text("utf-8")), file=path)
+
+
+def _claim(folder: Path, recipe: Recipe, overwrite: bool) -> None:
+    """Make ``folder`` the directory of this recipe's run."""
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file; the run directory must be a folder. Set 'output'.")
+    if folder.is_dir() and any(folder.iterdir()):
+        _refuse_or_clear(folder, recipe, overwrite)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot create run directory {folder}: {error}") from error
+    text = yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True)
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    write_json(
+        folder / "run.json",
+        {
+            "name": recipe.name,
+            "status": "running",
+            "reason": None,
+            "command": " ".join(["holdfast", *sys.argv[1:]]),
+            "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "machine": machine(),
+        },
+    )
+
+
+def _refuse_or_clear(folder: Path, recipe: Recipe, overwrite: bool) -> None:
+    if not (folder / "run.json").is_file():
+        raise RunError(
+            f"{folder} is not empty and holds no run. Choose another 'output', or empty it."
+        )
+    if overwrite:
+        _clear(folder)
+        return
+    old = recipe_of(folder)
+    if old.fingerprint() == recipe.fingerprint():
+        raise RunError(
+            f"{folder} already holds a run of this recipe. Continue it with 'holdfast resume "
+            f"{folder}', start again with --overwrite, or choose another 'output'."
+        )
+    raise RunError(
+        f"{folder} already holds a run of another recipe (it differs in "
+        f"{', '.join(_differences(old.dump(), recipe.dump()))}). Choose another 'output', or "
+        "replace it with --overwrite."
+    )
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a run wrote, and only that."""
+    import shutil
+
+    for name in ("checkpoints", "refused", "model", "tokenizer"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in ("run.json", "recipe.yaml", "metrics.jsonl", "report.html"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _differences(old: Any, new: Any, where: str = "") -> list[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found: list[str] = []
+        for key in dict.fromkeys([*old, *new]):
+            longer = f"{where}.{key}" if where else str(key)
+            found += _differences(old.get(key), new.get(key), longer)
+        return found
+    return [] if old == new or where in ("name", "description", "output") else [where]
+
+
+def _execute(
+    recipe: Recipe,
+    folder: Path,
+    accelerator: Accelerator,
+    *,
+    resume: bool,
+    console: Console | None,
+) -> Path:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    main = accelerator.is_main_process
+    say = _say(console, accelerator)
+    recorder: Recorder | None = None
+    try:
+        assembly = assemble(recipe, accelerator, tokenizer_folder=folder / "tokenizer", say=say)
+        optima = _optima(recipe, assembly, console)
+        if main:
+            trackers = _start_trackers(recipe, accelerator)
+            recorder = Recorder(folder, console, trackers)
+            recorder.describe(
+                status="running",
+                reason=None,
+                parameters=_parameters(assembly),
+                world_size=accelerator.num_processes,
+                versions=versions() | {"transformers": transformers.__version__},
+                optima=optima,
+                fingerprint=assembly.fingerprint,
+            )
+            assembly.policy.tokenizer.save_pretrained(folder / "tokenizer")
+        trainer = build_trainer(
+            recipe, assembly, optima, accelerator, folder=folder, recorder=recorder
+        )
+        if resume:
+            step = trainer.resume()
+            say(f"resumed at step {step}" if step else "no checkpoint yet: starting over")
+        reason = trainer.train()
+        if main and recorder is not None:
+            assembly.policy.save_pretrained(folder / "model")
+            recorder.describe(
+                # An interrupted run can be resumed; the others are over.
+                status="stopped" if reason.startswith("interrupted") else "finished",
+                reason=reason,
+                peak_memory_bytes=peak_memory_bytes(),
+            )
+    except BaseException as error:
+        if main and (folder / "run.json").is_file():
+            known = json.loads((folder / "run.json").read_text("utf-8"))
+            status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
+            reason = str(error) if isinstance(error, HoldfastError) else repr(error)
+            write_json(folder / "run.json", {**known, "status": status, "reason": reason})
+        raise
+    finally:
+        if recorder is not None:
+            recorder.close()
+    accelerator.wait_for_everyone()
+    if recipe.training.report_to:
+        accelerator.end_training()
+    return folder
+
+
+def _optima(
+    recipe: Recipe, assembly: Assembly, console: Console | None
+) -> dict[str, float]:
+    """Numbers as given; those that are ``auto`` found on demand."""
+    optima = {}
+    for name, spec in recipe.objectives.items():
+        if spec.optimum == "auto":
+            optima[name] = _optimum(recipe, name, assembly.keys[name], console)
+        elif isinstance(spec.optimum, float):
+            optima[name] = spec.optimum
+    return optima
+
+
+def _optimum(recipe: Recipe, name: str, key: str, console: Console | None) -> float:
+    folder = cache_folder() / "optima" / key
+    cached = folder / "optimum.json"
+    if cached.is_file():
+        return float(json.loads(cached.read_text("utf-8"))["optimum"])
+    solo = alone(recipe, name)
+    accelerator = accelerator_for(solo, folder)
+    if accelerator.is_main_process and console is not None:
+        console.print(f"optimum of {name}: training on it alone (kept for later runs)")
+    started = (folder / "run" / "run.json").is_file()
+    if not started and accelerator.is_main_process:
+        _claim(folder / "run", solo, overwrite=False)
+    accelerator.wait_for_everyone()
+    run = _execute(solo, folder / "run", accelerator, resume=started, console=console)
+    value = lowest_held_out(run, name)
+    if accelerator.is_main_process:
+        write_json(cached, {"objective": name, "optimum": value})
+    accelerator.wait_for_everyone()
+    return value
+
+
+def lowest_held_out(folder: Path, name: str) -> float:
+    """The lowest mean held-out loss that a run reached on an objective.
+
+    Raises
+    ------
+    RunError
+        If it was never evaluated to a finite value.
+    """
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text("utf-8").splitlines())
+    losses = [
+        float(line["objectives"][name]["loss"])
+        for line in lines
+        if line["kind"] == "eval" and name in line["objectives"]
+    ]
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    if not finite:
+        raise RunError(f"{folder}: {name} was never evaluated to a finite loss on held-out rows")
+    return min(finite)
+
+
+def _start_trackers(recipe: Recipe, accelerator: Accelerator) -> Accelerator | None:
+    if not recipe.training.report_to:
+        return None
+    accelerator.init_trackers("holdfast", config={"name": recipe.name})
+    return accelerator
+
+
+def _parameters(assembly: Assembly) -> dict[str, int]:
+    parameters = list(assembly.policy.parameters())
+    return {
+        "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        "total": sum(p.numel() for p in parameters),
+    }
+
+
+def _say(console: Console | None, accelerator: Accelerator) -> Any:
+    def say(text: str) -> None:
+        if console is not None and accelerator.is_main_process:
+            console.print(text, highlight=False)
+
+    return say
