@@ -55,9 +55,9 @@ $(VENV)/.torch: scripts/install_torch.py
 	@touch $@
 
 $(VENV)/.base: $(VENV)/.torch pyproject.toml
-	$(BIN)/pip install -q -e .
+	$(BIN)/pip install -qq -e .
 	@touch $@
 
 $(VENV)/.test $(VENV)/.lint $(VENV)/.docs: $(VENV)/.%: $(VENV)/.base
-	$(BIN)/pip install -q -e '.[$*]'
+	$(BIN)/pip install -qq -e '.[$*]'
 	@touch $@

@@ -36,13 +36,17 @@ def attempts(platform: str, cuda: bool) -> list[list[str]]:
 
 def main() -> int:
     """Try each request in turn; return pip's last exit status."""
-    status = 1
-    for request in attempts(sys.platform, cuda_is_present()):
-        print("pip install", *request, flush=True)
-        status = subprocess.run([sys.executable, "-m", "pip", "install", "-q", *request]).returncode
-        if status == 0:
-            break
-    return status
+    *early, last = attempts(sys.platform, cuda_is_present())
+    for request in early:
+        if pip_install("-qqq", *request) == 0:
+            return 0
+    return pip_install("-qq", *last)  # Only here does a failure end the installation, so say why.
+
+
+def pip_install(*arguments: str) -> int:
+    """The exit status of ``pip install`` under this interpreter."""
+    print("pip install", *arguments, flush=True)
+    return subprocess.run([sys.executable, "-m", "pip", "install", *arguments]).returncode
 
 
 if __name__ == "__main__":
