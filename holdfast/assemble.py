@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -214,10 +214,22 @@ def _tokenizer(spec: LanguagePolicySpec, saved: Path | None) -> Any:
             text
             for file in chosen.files
             for row in read_rows(file, base=Path())
-            for text in row.texts()
+            for text in _texts(row.values)
         ]
         return train_bpe(texts, chosen.vocab_size)
     return build_tokenizer()
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every piece of text in a row, whatever its columns."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from _texts(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _texts(entry)
 
 
 def _rows(

@@ -408,9 +408,7 @@ class Trainer:
                 "fingerprint": self.fingerprint,
                 "progress": vars(progress),
                 "optimizer": packed,
-                "lr_scheduler": {
-                    key: value for key, value in self._lr.state_dict().items() if key != "lr_lambdas"
-                },
+                "lr_scheduler": self._lr.state_dict(),
                 "schedule": self.schedule.state_dict(),
                 "sources": {
                     name: objective.source.state_dict()

@@ -1,0 +1,187 @@
+"""The command line. Heavy imports happen inside the commands, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from holdfast import __version__
+from holdfast.errors import HoldfastError
+from holdfast.recipe import SHIPPED, load_recipe, shipped_recipes
+
+app = typer.Typer(
+    name="holdfast",
+    help="Train one policy on several objectives, without losing any of them.",
+    epilog="Start here:  holdfast train quickstart",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+console = Console()
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Replace an entry; may be repeated."),
+]
+RunsArgument = Annotated[
+    list[Path], typer.Argument(metavar="RUN...", help="Run directories, such as runs/quickstart.")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"holdfast {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options that come before a command."""
+
+
+@app.command(
+    epilog="Example:  holdfast check my.yaml --set schedule.evaluate_every=5",
+)
+def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Validate a recipe without loading anything, and print what it resolves to."""
+    import yaml
+
+    loaded = load_recipe(recipe, set_ or ())
+    text = yaml.safe_dump(loaded.dump(), sort_keys=False, allow_unicode=True)
+    console.print(text, highlight=False, markup=False)
+    console.print(f"{recipe} is valid", highlight=False)
+
+
+@app.command(
+    epilog="Examples:  holdfast train quickstart   |   "
+    "holdfast train my.yaml --set training.seed=1 --output runs/seed1   |   "
+    "accelerate launch --num_processes 2 -m holdfast train my.yaml",
+)
+def train(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    output: Annotated[
+        str | None, typer.Option(help="The run directory; the same as --set output=DIR.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a run that is already there.")] = False,
+) -> None:
+    """Train a recipe, and write its report."""
+    overrides = list(set_ or ())
+    if output is not None:
+        overrides.append(f"output={output}")
+    loaded = load_recipe(recipe, overrides)
+
+    from holdfast.run import train as train_recipe
+
+    _finish(train_recipe(loaded, overwrite=overwrite, console=console))
+
+
+@app.command(epilog="Example:  holdfast resume runs/quickstart")
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of an unfinished run.")],
+) -> None:
+    """Continue a run that was stopped or killed, exactly as if it had never been."""
+    from holdfast.run import resume as resume_run
+
+    _finish(resume_run(run, console=console))
+
+
+@app.command(epilog="Example:  holdfast optimum quickstart")
+def optimum(recipe: RecipeArgument, set_: SetOption = None) -> None:
+    """Find each objective's optimum by training on it alone. Values are kept for later runs."""
+    loaded = load_recipe(recipe, set_ or ())
+
+    from holdfast.run import find_optima
+
+    table = Table("objective", "optimum", title=f"optima of {loaded.name}")
+    for name, value in find_optima(loaded, console=console).items():
+        table.add_row(name, f"{value:.6g}")
+    console.print(table)
+
+
+@app.command(epilog="Example:  holdfast report runs/quickstart --output quickstart.html")
+def report(
+    runs: RunsArgument,
+    output: Annotated[
+        Path | None, typer.Option(help="The page; by default report.html in the (first) run.")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page about a run, or about several."""
+    from holdfast.report import write_report
+
+    console.print(f"report: {write_report(runs, output)}", highlight=False)
+
+
+@app.command(epilog="Example:  holdfast compare runs/mix runs/alright runs/maxright")
+def compare(
+    runs: RunsArgument,
+    output: Annotated[Path, typer.Option(help="The page.")] = Path("compare.html"),
+) -> None:
+    """Overlay runs: a table here, curves in one HTML page."""
+    from holdfast.report import comparison_table, write_comparison
+
+    console.print(comparison_table(runs))
+    console.print(f"comparison: {write_comparison(runs, output)}", highlight=False)
+
+
+@app.command("list", epilog="Example:  holdfast list")
+def list_() -> None:
+    """Show the recipes, policies, objectives and schedules that there are."""
+    import yaml
+
+    from holdfast import recipe as specs
+
+    recipes = Table("recipe", "what it shows", title=f"shipped recipes ({SHIPPED.name}/)")
+    for name, path in shipped_recipes().items():
+        recipes.add_row(name, yaml.safe_load(path.read_text("utf-8")).get("description", ""))
+    console.print(recipes)
+    kinds = Table("part", "kind", "what it is")
+    for part, known in (
+        ("policy", (specs.LanguagePolicySpec,)),
+        ("objective", (specs.NllSpec, specs.DpoSpec)),
+        ("schedule", (specs.SequentialSpec, specs.MixSpec, specs.AlrightSpec, specs.MaxrightSpec)),
+    ):
+        for spec in known:
+            kinds.add_row(part, spec.model_fields["kind"].default, spec.__doc__)
+    console.print(kinds)
+
+
+def _finish(run: Path) -> None:
+    """Tell how the run went; only the main process of several does."""
+    from accelerate import PartialState
+
+    if not PartialState().is_main_process:
+        return
+    from holdfast.report import summary_table, write_report
+
+    console.print(summary_table(run))
+    console.print(f"run: {run}", highlight=False)
+    console.print(f"report: {write_report([run])}", highlight=False)
+
+
+def main() -> None:
+    """Entry point: what a user can mend is one message and exit status 2, never a traceback."""
+    try:
+        app()
+    except HoldfastError as error:
+        Console(stderr=True).print(f"[bold red]error:[/bold red] {_escaped(error)}", highlight=False)
+        sys.exit(2)
+
+
+def _escaped(error: HoldfastError) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))
