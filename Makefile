@@ -18,7 +18,7 @@ help:
 
 demo: $(VENV)/.base
 	rm -rf runs/quickstart
-	$(BIN)/holdfast train quickstart --out runs/quickstart
+	$(BIN)/holdfast train quickstart --output runs/quickstart
 	$(BIN)/holdfast report runs/quickstart
 	@echo
 	@echo 'The report: runs/quickstart/report.html (open it in a browser)'
