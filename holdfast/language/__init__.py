@@ -1,0 +1,1 @@
+"""Language models: policies, data, and the losses that train them."""

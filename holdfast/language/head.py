@@ -1,0 +1,552 @@
+"""The output layer of a language model, evaluated tile by tile.
+
+The logits of a batch are by far its largest tensor: ``(tokens, vocab)`` against ``(tokens, width)``
+for the hidden states they come from. Nothing here ever holds them all. A forward pass visits tiles
+of tokens x vocabulary, folds each into per-token statistics with an online log-sum-exp, and forgets
+it; the backward pass projects every tile again. Dense and tiled evaluation share the maths of a
+tile, so that they cannot drift apart: dense evaluation is one tile.
+
+Sums run in float32 whatever the dtype of the model, or in float64 if an input has it.
+
+Source of the online log-sum-exp: Milakov and Gimelshein, "Online normalizer calculation for
+softmax" (2018), algorithm 3. Entropies of tiles are merged by the chain rule of entropy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """What a loss needs to know about the predicted distribution at each position.
+
+    Attributes
+    ----------
+    logps : Tensor
+        ``(...)``, differentiable: log-probability of the label, in nats; 0 where ignored. float32,
+        or float64 if an input was.
+    mask : Tensor
+        ``(...)``, bool: the counted positions.
+    entropy : Tensor, optional
+        ``(...)``, detached: entropy of the distribution over the vocabulary, in nats; 0 where
+        ignored.
+    correct : Tensor, optional
+        ``(...)``, bool, detached: the label is more probable than every other token; False where
+        ignored.
+    """
+
+    logps: Tensor
+    mask: Tensor
+    entropy: Tensor | None = None
+    correct: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output layer of a language model.
+
+    ``logits = scale * (W h + b)``, and with a soft cap ``c``, ``c * tanh(scale * (W h + b) / c)``.
+
+    Attributes
+    ----------
+    weight : Tensor
+        ``(vocab, width)``.
+    bias : Tensor, optional
+        ``(vocab,)``.
+    scale : float
+        Factor on the projection, as in Cohere and Granite models.
+    softcap : float, optional
+        Bound on the absolute value of a logit, as in Gemma models.
+
+    Raises
+    ------
+    ValueError
+        For a bad shape, or a ``softcap`` that is not positive.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight.ndim != 2:
+            raise ValueError(f"weight has shape {tuple(self.weight.shape)}, not (vocab, width)")
+        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
+            raise ValueError(
+                f"bias has shape {tuple(self.bias.shape)}, not ({self.weight.shape[0]},)"
+            )
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap is {self.softcap}: it must be positive, or None")
+
+
+def token_statistics(
+    hidden: Tensor,
+    head: Head,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    statistics: bool = False,
+    token_tile: int | None = None,
+    vocab_tile: int | None = None,
+) -> TokenStatistics:
+    """Log-probabilities of the labels, without ever holding the logits.
+
+    Gradients flow to ``hidden``, ``head.weight`` and ``head.bias`` where they are asked for: a
+    frozen head costs no gradient product. Under autocast on CUDA the products take their operands
+    in autocast's dtype; sums stay in float32.
+
+    Parameters
+    ----------
+    hidden : Tensor
+        ``(..., width)``. ``hidden[t]`` scores ``labels[t]``: the caller shifts.
+    head : Head
+        The output layer.
+    labels : Tensor
+        ``(...)``, integer: token ids, or ``ignore_index`` at positions that do not count. Only the
+        counted positions are projected.
+    ignore_index : int
+        The label of a position that does not count.
+    temperature : float
+        The logits are divided by it. Positive.
+    statistics : bool
+        Also compute ``entropy`` and ``correct``.
+    token_tile, vocab_tile : int, optional
+        Extent of a tile. By default chosen to fit the cache (CPU) or to keep the device busy
+        (CUDA). They change the result by rounding only.
+
+    Returns
+    -------
+    TokenStatistics
+        Of the shape of ``labels``.
+
+    Raises
+    ------
+    ValueError
+        For a bad shape, label, temperature or tile.
+    """
+    vocab, width = head.weight.shape
+    if hidden.shape != (*labels.shape, width):
+        raise ValueError(
+            f"hidden has shape {tuple(hidden.shape)}, not {(*labels.shape, width)}: the shape of "
+            "labels, then the width of the head"
+        )
+    _check_temperature(temperature)
+    counted = _Counted(labels, ignore_index, vocab)
+    tokens = len(counted.targets)
+    logps, entropy, correct = _TiledLogps.apply(
+        counted.gather(hidden.reshape(-1, width)),
+        head.weight,
+        head.bias,
+        counted.targets,
+        _Activation.of(head.scale, head.softcap, temperature),
+        _tile_sizes(tokens, vocab, hidden.device, token_tile, vocab_tile),
+        statistics,
+    )
+    return counted.statistics(logps, entropy, correct)
+
+
+def dense_statistics(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    statistics: bool = False,
+) -> TokenStatistics:
+    """Log-probabilities of the labels, from logits.
+
+    Parameters
+    ----------
+    logits : Tensor
+        ``(..., vocab)``. ``logits[t]`` scores ``labels[t]``: the caller shifts.
+    labels, ignore_index, temperature, statistics
+        As in :func:`token_statistics`.
+
+    Returns
+    -------
+    TokenStatistics
+        Of the shape of ``labels``.
+
+    Raises
+    ------
+    ValueError
+        For a bad shape, label or temperature.
+    """
+    if logits.ndim == 0 or logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"logits has shape {tuple(logits.shape)}, not {(*labels.shape, 'vocab')}: the shape of "
+            "labels, then the vocabulary"
+        )
+    _check_temperature(temperature)
+    vocab = logits.shape[-1]
+    counted = _Counted(labels, ignore_index, vocab)
+    logps, entropy, correct = _DenseLogps.apply(
+        counted.gather(logits.reshape(-1, vocab)),
+        counted.targets,
+        _Activation.of(1.0, None, temperature),
+        statistics,
+    )
+    return counted.statistics(logps, entropy, correct)
+
+
+def _check_temperature(temperature: float) -> None:
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature is {temperature}: it must be positive and finite")
+
+
+class _Counted:
+    """The positions that count, and the way from all positions to them and back."""
+
+    def __init__(self, labels: Tensor, ignore_index: int, vocab: int) -> None:
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            raise ValueError(f"labels has dtype {labels.dtype}: token ids are integers")
+        self.mask = labels != ignore_index
+        self.positions = self.mask.flatten().nonzero().squeeze(-1)
+        self.targets = labels.flatten().index_select(0, self.positions).long()
+        if bool(((self.targets < 0) | (self.targets >= vocab)).any()):
+            raise ValueError(
+                f"labels has ids from {int(self.targets.min())} to {int(self.targets.max())}: a "
+                f"counted id must lie in [0, {vocab})"
+            )
+
+    @property
+    def all(self) -> bool:
+        return self.positions.numel() == self.mask.numel()
+
+    def gather(self, rows: Tensor) -> Tensor:
+        return rows if self.all else rows.index_select(0, self.positions)
+
+    def scatter(self, values: Tensor) -> Tensor:
+        if not self.all:
+            values = values.new_zeros(self.mask.numel()).index_copy(0, self.positions, values)
+        return values.view(self.mask.shape)
+
+    def statistics(
+        self, logps: Tensor, entropy: Tensor | None, correct: Tensor | None
+    ) -> TokenStatistics:
+        return TokenStatistics(
+            logps=self.scatter(logps),
+            mask=self.mask,
+            entropy=None if entropy is None else self.scatter(entropy),
+            correct=None if correct is None else self.scatter(correct),
+        )
+
+
+# The maths of a tile ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Activation:
+    """From a projection ``x`` to a logit over the temperature.
+
+    ``inner * x``, or with a soft cap ``outer * tanh(inner * x)``.
+    """
+
+    inner: float
+    outer: float | None
+
+    @classmethod
+    def of(cls, scale: float, softcap: float | None, temperature: float) -> _Activation:
+        if softcap is None:
+            return cls(scale / temperature, None)
+        return cls(scale / softcap, softcap / temperature)
+
+    def apply_(self, tile: Tensor) -> Tensor:
+        if self.inner != 1.0:
+            tile.mul_(self.inner)
+        if self.outer is not None:
+            tile.tanh_().mul_(self.outer)
+        return tile
+
+    def slope(self, logits: Tensor) -> Tensor | None:
+        """The derivative at ``logits``, over ``inner``; ``None`` where it is 1 throughout."""
+        if self.outer is None:
+            return None
+        # outer * (1 - tanh^2), with tanh = logits / outer
+        return logits.square().mul_(-1.0 / self.outer).add_(self.outer)
+
+
+class _Running:
+    """Statistics over the part of the vocabulary seen so far, each ``(tokens,)``.
+
+    ``lse`` is the log-sum-exp of the logits and ``target`` the logit of the label. Only if asked
+    for: ``entropy``, and ``rival``, the largest logit of any other token than the label.
+    """
+
+    def __init__(self, targets: Tensor, dtype: torch.dtype, statistics: bool) -> None:
+        self.targets = targets
+        self.lse = torch.full(targets.shape, -math.inf, dtype=dtype, device=targets.device)
+        self.target = torch.zeros_like(self.lse)
+        self.entropy = torch.zeros_like(self.lse) if statistics else None
+        self.rival = self.lse.clone() if statistics else None
+
+    def fold(self, logits: Tensor, tokens: slice, start: int) -> tuple[Tensor, Tensor]:
+        """Take in the logits ``(tokens, tile)`` of the ids from ``start`` on, overwriting them.
+
+        Returns the tile's softmax as ``(tokens, tile)`` numerators and ``(tokens,)`` denominators.
+        """
+        local, inside = _local(self.targets[tokens], start, logits.shape[1])
+        at_target = logits.gather(1, local)
+        target, lse = self.target[tokens], self.lse[tokens]
+        torch.where(inside, at_target.squeeze(1), target, out=target)
+
+        # A largest logit of -inf (every id of the tile is banned) must not become inf - inf.
+        lowest = torch.finfo(logits.dtype).min
+        if self.entropy is None or self.rival is None:
+            largest = logits.amax(1).clamp_(min=lowest)
+            exponentials = logits.sub_(largest.unsqueeze(1)).exp_()
+            mass = exponentials.sum(1)
+            tile_lse = mass.log() + largest
+            lse.copy_(torch.logaddexp(lse, tile_lse))
+            return exponentials, mass
+
+        logits.scatter_(1, local, at_target.masked_fill(inside.unsqueeze(1), -math.inf))
+        others = logits.amax(1)
+        logits.scatter_(1, local, at_target)
+        rival, entropy = self.rival[tokens], self.entropy[tokens]
+        torch.maximum(rival, others, out=rival)
+
+        largest = torch.maximum(others, at_target.squeeze(1)).clamp_(min=lowest)
+        shifted = logits.sub_(largest.unsqueeze(1))
+        exponentials = shifted.exp()
+        mass = exponentials.sum(1)
+        # -inf * 0 is nan, but a banned id adds nothing to an entropy.
+        moment = shifted.clamp_(min=lowest).mul_(exponentials).sum(1)
+        tile_entropy = mass.log() - moment / mass
+
+        tile_lse = mass.log() + largest
+        merged = torch.logaddexp(lse, tile_lse)
+        before, here = (lse - merged).exp_(), (tile_lse - merged).exp_()
+        chosen = torch.special.entr(before) + torch.special.entr(here)
+        both = before * entropy + here * tile_entropy + chosen
+        torch.where(here > 0, both, entropy, out=entropy)
+        lse.copy_(merged)
+        return exponentials, mass
+
+    def fold_all(self, logits: Tensor, activation: _Activation, *, keep: bool) -> Tensor | None:
+        """Take in a tile that holds everything; if kept, its residual takes the logits' place."""
+        slope = activation.slope(logits) if keep else None
+        exponentials, mass = self.fold(logits, slice(None), 0)
+        if not keep:
+            return None
+        return _residual_(exponentials.div_(mass.unsqueeze(1)), slope, self.targets, 0)
+
+    def results(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The log-probabilities of the labels, the entropies, and whether a label leads."""
+        correct = None if self.rival is None else self.target > self.rival
+        return self.target - self.lse, self.entropy, correct
+
+
+def _residual_(probabilities: Tensor, slope: Tensor | None, targets: Tensor, start: int) -> Tensor:
+    """``(softmax - one_hot(targets)) * slope`` on a tile, in place.
+
+    Up to sign and constants along a row, how the log-probabilities change with the projection.
+    """
+    local, inside = _local(targets, start, probabilities.shape[1])
+    at_target = probabilities.gather(1, local) - inside.to(probabilities.dtype).unsqueeze(1)
+    residual = probabilities.scatter_(1, local, at_target)
+    return residual if slope is None else residual.mul_(slope)
+
+
+def _local(targets: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
+    """Where the targets lie in a vocabulary tile ``(tokens, 1)``, and whether they do."""
+    local = targets - start
+    inside = (local >= 0) & (local < size)
+    return local.clamp_(0, size - 1).unsqueeze(1), inside
+
+
+# Tiles and products -------------------------------------------------------------------------------
+
+# Logits that fit in the first number of elements are one tile; else tiles have the second extent,
+# in tokens and vocabulary. On a CPU: 16 MiB of float32, and 4 MiB, about what a core's cache holds.
+# On CUDA: 128 MiB each, enough work for a product to keep the device busy.
+_CPU_TILES = 2**22, (512, 2048)
+_CUDA_TILES = 2**25, (4096, 8192)
+
+
+def _tile_sizes(
+    tokens: int, vocab: int, device: torch.device, token_tile: int | None, vocab_tile: int | None
+) -> tuple[int, int]:
+    """The extent of a tile, in tokens and in vocabulary."""
+    for name, size in (("token_tile", token_tile), ("vocab_tile", vocab_tile)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name} is {size}: it must be at least 1")
+    whole, default = _CUDA_TILES if device.type == "cuda" else _CPU_TILES
+    if token_tile is None and vocab_tile is None and tokens * vocab <= whole:
+        return max(tokens, 1), vocab
+    return min(token_tile or default[0], max(tokens, 1)), min(vocab_tile or default[1], vocab)
+
+
+def _tiles(length: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most ``size`` that cover ``range(length)``."""
+    for start in range(0, length, size):
+        yield slice(start, min(start + size, length))
+
+
+def _dtypes(hidden: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """The dtypes of the operands of a product and of its sums.
+
+    Only CUDA multiplies half-precision operands into float32 sums; elsewhere they are cast up.
+    """
+    kind = hidden.device.type
+    operands = torch.promote_types(hidden.dtype, weight.dtype)
+    if torch.is_autocast_enabled(kind) and operands != torch.float64:
+        operands = torch.get_autocast_dtype(kind)
+    sums = torch.promote_types(operands, torch.float32)
+    return (operands if kind == "cuda" else sums), sums
+
+
+def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, scratch: Tensor) -> Tensor:
+    """``hidden @ weight.T + bias`` as a ``(tokens, tile)`` view of ``scratch``, in its dtype.
+
+    ``hidden`` ``(tokens, width)`` and ``weight`` ``(tile, width)`` are in the operands' dtype.
+    """
+    shape = hidden.shape[0], weight.shape[0]
+    tile = scratch[: shape[0] * shape[1]].view(shape)
+    if hidden.dtype == tile.dtype:
+        torch.mm(hidden, weight.T, out=tile)
+    else:
+        torch.mm(hidden, weight.T, out_dtype=tile.dtype, out=tile)
+    return tile if bias is None else tile.add_(bias)
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right``, summed in the dtype of ``total``."""
+    if right.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+
+
+class _TiledLogps(torch.autograd.Function):
+    """Vocabulary tiles outside, token tiles inside: a tile of the weight is cast up only once, and
+    its gradient is summed in float32 without a float32 gradient of the whole weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        activation: _Activation,
+        tile_sizes: tuple[int, int],
+        statistics: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        operands, sums = _dtypes(hidden, weight)
+        token_tile, vocab_tile = tile_sizes
+        whole = len(targets) <= token_tile and len(weight) <= vocab_tile
+        running = _Running(targets, sums, statistics)
+        residual = None
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows = hidden.to(operands)
+            scratch = rows.new_empty(token_tile * vocab_tile, dtype=sums)
+            for vocab in _tiles(len(weight), vocab_tile):
+                columns = weight[vocab].to(operands)
+                offset = None if bias is None else bias[vocab].to(sums)
+                for tokens in _tiles(len(rows), token_tile):
+                    tile = _project(rows[tokens], columns, offset, scratch)
+                    logits = activation.apply_(tile)
+                    if whole:
+                        # The one tile is kept: projecting it again would save no memory.
+                        keep = any(ctx.needs_input_grad)
+                        residual = running.fold_all(logits, activation, keep=keep)
+                    else:
+                        running.fold(logits, tokens, vocab.start)
+        logps, entropy, correct = running.results()
+        ctx.mark_non_differentiable(*(x for x in (entropy, correct) if x is not None))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(hidden, weight, bias, targets, running.lse, residual)
+        ctx.activation, ctx.tile_sizes, ctx.dtypes = activation, tile_sizes, (operands, sums)
+        return logps, entropy, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logps: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_logps is None:
+            return (None,) * 7
+        hidden, weight, bias, targets, lse, kept = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        activation, (token_tile, vocab_tile) = ctx.activation, ctx.tile_sizes
+        operands, sums = ctx.dtypes
+        # What is constant along a row goes on the short side of the products.
+        factor = (grad_logps * -activation.inner).unsqueeze(1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            rows = hidden.to(operands)
+            if needs_hidden:
+                grad_hidden = torch.zeros_like(hidden, dtype=sums)
+            if needs_weight:
+                grad_weight = torch.empty_like(weight)
+                weighted = (hidden * factor).to(operands)
+            if needs_bias:
+                grad_bias = torch.empty_like(bias)
+            scratch = rows.new_empty(token_tile * vocab_tile if kept is None else 0, dtype=sums)
+            for vocab in _tiles(len(weight), vocab_tile):
+                columns = weight[vocab].to(operands)
+                offset = None if bias is None else bias[vocab].to(sums)
+                weight_sum = torch.zeros_like(columns, dtype=sums) if needs_weight else None
+                bias_sum = columns.new_zeros(len(columns), dtype=sums) if needs_bias else None
+                for tokens in _tiles(len(rows), token_tile):
+                    if kept is None:
+                        tile = _project(rows[tokens], columns, offset, scratch)
+                        logits = activation.apply_(tile)
+                        slope = activation.slope(logits)
+                        probabilities = logits.sub_(lse[tokens].unsqueeze(1)).exp_()
+                        residual = _residual_(probabilities, slope, targets[tokens], vocab.start)
+                    else:
+                        residual = kept
+                    if bias_sum is not None:
+                        bias_sum.addmv_(residual.T, factor[tokens, 0])
+                    residual = residual.to(operands)
+                    if needs_hidden:
+                        _add_product_(grad_hidden[tokens], residual, columns)
+                    if weight_sum is not None:
+                        _add_product_(weight_sum, residual.T, weighted[tokens])
+                if weight_sum is not None:
+                    grad_weight[vocab] = weight_sum
+                if bias_sum is not None:
+                    grad_bias[vocab] = bias_sum
+            if needs_hidden:
+                grad_hidden = grad_hidden.mul_(factor).to(hidden.dtype)
+        return (
+            grad_hidden if needs_hidden else None,
+            grad_weight if needs_weight else None,
+            grad_bias if needs_bias else None,
+            *(None,) * 4,
+        )
+
+
+class _DenseLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, activation: _Activation, statistics: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        sums = torch.promote_types(logits.dtype, torch.float32)
+        running = _Running(targets, sums, statistics)
+        tile = activation.apply_(logits.to(sums, copy=True))
+        residual = running.fold_all(tile, activation, keep=ctx.needs_input_grad[0])
+        logps, entropy, correct = running.results()
+        ctx.mark_non_differentiable(*(x for x in (entropy, correct) if x is not None))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(residual)
+        ctx.inner, ctx.dtype = activation.inner, logits.dtype
+        return logps, entropy, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logps: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_logps is None:
+            return (None,) * 4
+        (residual,) = ctx.saved_tensors
+        factor = (grad_logps * -ctx.inner).unsqueeze(1)
+        return (residual * factor).to(ctx.dtype), None, None, None
