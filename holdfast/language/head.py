@@ -333,13 +333,19 @@ class _Running:
         lse.copy_(merged)
         return exponentials, mass
 
-    def fold_all(self, logits: Tensor, activation: _Activation, *, keep: bool) -> Tensor | None:
-        """Take in a tile that holds everything; if kept, its residual takes the logits' place."""
+    def fold_all(
+        self, logits: Tensor, activation: _Activation, *, keep: bool
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Take in a tile that holds everything; if kept, its residual takes the logits' place.
+
+        Returns the residual times the softmax's denominators, and these, ``(tokens, 1)``.
+        """
         slope = activation.slope(logits) if keep else None
-        exponentials, mass = self.fold(logits, slice(None), 0)
+        numerators, mass = self.fold(logits, slice(None), 0)
         if not keep:
-            return None
-        return _residual_(exponentials.div_(mass.unsqueeze(1)), slope, self.targets, 0)
+            return None, None
+        denominators = mass.unsqueeze(1)
+        return _residual_(numerators, denominators, slope, self.targets, 0), denominators
 
     def results(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The log-probabilities of the labels, the entropies, and whether a label leads."""
@@ -347,14 +353,20 @@ class _Running:
         return self.target - self.lse, self.entropy, correct
 
 
-def _residual_(probabilities: Tensor, slope: Tensor | None, targets: Tensor, start: int) -> Tensor:
-    """``(softmax - one_hot(targets)) * slope`` on a tile, in place.
+def _residual_(
+    numerators: Tensor,
+    denominators: Tensor | float,
+    slope: Tensor | None,
+    targets: Tensor,
+    start: int,
+) -> Tensor:
+    """``(softmax - one_hot(targets)) * slope * denominators`` on a tile, in place.
 
-    Up to sign and constants along a row, how the log-probabilities change with the projection.
+    Up to sign and factors along a row, how the log-probabilities change with the projection.
     """
-    local, inside = _local(targets, start, probabilities.shape[1])
-    at_target = probabilities.gather(1, local) - inside.to(probabilities.dtype).unsqueeze(1)
-    residual = probabilities.scatter_(1, local, at_target)
+    local, inside = _local(targets, start, numerators.shape[1])
+    at_target = numerators.gather(1, local) - inside.unsqueeze(1) * denominators
+    residual = numerators.scatter_(1, local, at_target)
     return residual if slope is None else residual.mul_(slope)
 
 
@@ -445,9 +457,11 @@ class _TiledLogps(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         operands, sums = _dtypes(hidden, weight)
         token_tile, vocab_tile = tile_sizes
-        whole = len(targets) <= token_tile and len(weight) <= vocab_tile
+        # What fits in one tile is kept: projecting it again would save no memory. In half precision
+        # it would have to be normalised first, which costs as much as the projection.
+        whole = len(targets) <= token_tile and len(weight) <= vocab_tile and operands == sums
         running = _Running(targets, sums, statistics)
-        residual = None
+        residual = denominators = None
         with torch.autocast(hidden.device.type, enabled=False):
             rows = hidden.to(operands)
             scratch = rows.new_empty(token_tile * vocab_tile, dtype=sums)
@@ -458,15 +472,14 @@ class _TiledLogps(torch.autograd.Function):
                     tile = _project(rows[tokens], columns, offset, scratch)
                     logits = activation.apply_(tile)
                     if whole:
-                        # The one tile is kept: projecting it again would save no memory.
                         keep = any(ctx.needs_input_grad)
-                        residual = running.fold_all(logits, activation, keep=keep)
+                        residual, denominators = running.fold_all(logits, activation, keep=keep)
                     else:
                         running.fold(logits, tokens, vocab.start)
         logps, entropy, correct = running.results()
         ctx.mark_non_differentiable(*(x for x in (entropy, correct) if x is not None))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, bias, targets, running.lse, residual)
+        ctx.save_for_backward(hidden, weight, bias, targets, running.lse, residual, denominators)
         ctx.activation, ctx.tile_sizes, ctx.dtypes = activation, tile_sizes, (operands, sums)
         return logps, entropy, correct
 
@@ -475,12 +488,14 @@ class _TiledLogps(torch.autograd.Function):
     def backward(ctx: Any, grad_logps: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_logps is None:
             return (None,) * 7
-        hidden, weight, bias, targets, lse, kept = ctx.saved_tensors
+        hidden, weight, bias, targets, lse, kept, denominators = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         activation, (token_tile, vocab_tile) = ctx.activation, ctx.tile_sizes
         operands, sums = ctx.dtypes
         # What is constant along a row goes on the short side of the products.
-        factor = (grad_logps * -activation.inner).unsqueeze(1)
+        factor = grad_logps.unsqueeze(1) * -activation.inner
+        if kept is not None:
+            factor /= denominators
         with torch.autocast(hidden.device.type, enabled=False):
             rows = hidden.to(operands)
             if needs_hidden:
@@ -501,8 +516,8 @@ class _TiledLogps(torch.autograd.Function):
                         tile = _project(rows[tokens], columns, offset, scratch)
                         logits = activation.apply_(tile)
                         slope = activation.slope(logits)
-                        probabilities = logits.sub_(lse[tokens].unsqueeze(1)).exp_()
-                        residual = _residual_(probabilities, slope, targets[tokens], vocab.start)
+                        softmax = logits.sub_(lse[tokens].unsqueeze(1)).exp_()
+                        residual = _residual_(softmax, 1.0, slope, targets[tokens], vocab.start)
                     else:
                         residual = kept
                     if bias_sum is not None:
@@ -534,11 +549,11 @@ class _DenseLogps(torch.autograd.Function):
         sums = torch.promote_types(logits.dtype, torch.float32)
         running = _Running(targets, sums, statistics)
         tile = activation.apply_(logits.to(sums, copy=True))
-        residual = running.fold_all(tile, activation, keep=ctx.needs_input_grad[0])
+        residual, denominators = running.fold_all(tile, activation, keep=ctx.needs_input_grad[0])
         logps, entropy, correct = running.results()
         ctx.mark_non_differentiable(*(x for x in (entropy, correct) if x is not None))
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(residual)
+        ctx.save_for_backward(residual, denominators)
         ctx.inner, ctx.dtype = activation.inner, logits.dtype
         return logps, entropy, correct
 
@@ -547,6 +562,6 @@ class _DenseLogps(torch.autograd.Function):
     def backward(ctx: Any, grad_logps: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_logps is None:
             return (None,) * 4
-        (residual,) = ctx.saved_tensors
-        factor = (grad_logps * -ctx.inner).unsqueeze(1)
+        residual, denominators = ctx.saved_tensors
+        factor = grad_logps.unsqueeze(1) * -ctx.inner / denominators
         return (residual * factor).to(ctx.dtype), None, None, None
