@@ -130,9 +130,7 @@ def assemble(
             micro_batch_size=spec.micro_batch_size or spec.batch_size,
         )
     everything = _digest(recipe.fingerprint(), *digests.values())
-    keys = {
-        name: _digest(alone(recipe, name).fingerprint(), digests[name]) for name in objectives
-    }
+    keys = {name: _digest(alone(recipe, name).fingerprint(), digests[name]) for name in objectives}
     return Assembly(policy, objectives, everything, keys)
 
 

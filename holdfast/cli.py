@@ -1,4 +1,4 @@
-"""The command line. Heavy imports happen inside the commands, so that ``--help`` answers at once."""
+"""The command line. Heavy imports happen inside the commands: ``--help`` answers at once."""
 
 from __future__ import annotations
 
@@ -177,7 +177,9 @@ def main() -> None:
     try:
         app()
     except HoldfastError as error:
-        Console(stderr=True).print(f"[bold red]error:[/bold red] {_escaped(error)}", highlight=False)
+        Console(stderr=True).print(
+            f"[bold red]error:[/bold red] {_escaped(error)}", highlight=False
+        )
         sys.exit(2)
 
 

@@ -57,7 +57,7 @@ class Spec(BaseModel):
 
 
 class TokenizerSpec(Spec):
-    """``bytes``: one token a byte. ``bpe``: trained on ``files``. ``pretrained``: loaded by name."""
+    """``bytes``: a token a byte. ``bpe``: trained on ``files``. ``pretrained``: loaded by name."""
 
     kind: Literal["bytes", "bpe", "pretrained"] = "bytes"
     name_or_path: str | None = Field(None, description="pretrained: directory or hub id")
@@ -93,7 +93,9 @@ class LanguagePolicySpec(Spec):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     attn_implementation: str | None = None
     config: dict[str, Any] = Field({}, description="entries of a preset's configuration to replace")
-    tokenizer: TokenizerSpec | None = Field(None, description="default: the model's own; bytes for a preset")
+    tokenizer: TokenizerSpec | None = Field(
+        None, description="default: the model's own; bytes for a preset"
+    )
     lora: LoraSpec | None = Field(None, description="null: all weights are trained")
 
 
@@ -248,7 +250,9 @@ class TrainingSpec(Spec):
     early_stopping_threshold: float = Field(0.0, ge=0)
     max_refusals: int = Field(3, ge=0, description="non-finite steps before training stops")
     seed: int = Field(0, ge=0)
-    report_to: tuple[str, ...] = Field((), description="accelerate's trackers: tensorboard, wandb, …")
+    report_to: tuple[str, ...] = Field(
+        (), description="accelerate's trackers: tensorboard, wandb, …"
+    )
 
 
 AnyObjective = Annotated[NllSpec | DpoSpec, Field(discriminator="kind")]
@@ -296,13 +300,15 @@ class Recipe(Spec):
                     "is 0, but schedule {kind} evaluates this objective on probe rows",
                     {"where": f"objectives.{name}.data.probe", "kind": self.schedule.kind},
                 )
-            if isinstance(self.schedule, MaxrightSpec) and name in self.schedule.weights:
-                if objective.optimum is None:
-                    raise PydanticCustomError(
-                        "no_optimum",
-                        "is missing, and schedule maxright needs it: give a number, or auto",
-                        {"where": f"objectives.{name}.optimum"},
-                    )
+            needs_optimum = (
+                isinstance(self.schedule, MaxrightSpec) and name in self.schedule.weights
+            )
+            if needs_optimum and objective.optimum is None:
+                raise PydanticCustomError(
+                    "no_optimum",
+                    "is missing, and schedule maxright needs it: give a number, or auto",
+                    {"where": f"objectives.{name}.optimum"},
+                )
             if objective.optimum == "auto" and not (
                 objective.data.held_out or objective.data.held_out_path
             ):
@@ -515,7 +521,9 @@ def _message(entry: Any, file: Path, lines: Mapping[str, int]) -> str:
         else:
             text = f"{found!r} is not known{_nearest(str(found), known)} Known: {', '.join(known)}"
     elif entry["type"] == "literal_error":
-        known = [option.strip(" '") for option in context["expected"].replace(" or ", ",").split(",")]
+        known = [
+            option.strip(" '") for option in context["expected"].replace(" or ", ",").split(",")
+        ]
         found = entry["input"]
         text = f"{found!r} is not known{_nearest(str(found), known)} Known: {', '.join(known)}"
     elif not isinstance(entry["input"], Mapping) and entry["type"] != "value_error":

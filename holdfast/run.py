@@ -98,9 +98,7 @@ def find_optima(recipe: Recipe, *, console: Console | None = None) -> dict[str, 
     accelerator = accelerator_for(recipe, cache_folder())
     assembly = assemble(recipe, accelerator, say=_say(console, accelerator))
     wanted = [name for name, spec in recipe.objectives.items() if spec.optimum in ("auto", None)]
-    return {
-        name: _optimum(recipe, name, assembly.keys[name], console) for name in wanted
-    }
+    return {name: _optimum(recipe, name, assembly.keys[name], console) for name in wanted}
 
 
 def recipe_of(folder: Path) -> Recipe:
@@ -246,9 +244,7 @@ def _execute(
     return folder
 
 
-def _optima(
-    recipe: Recipe, assembly: Assembly, console: Console | None
-) -> dict[str, float]:
+def _optima(recipe: Recipe, assembly: Assembly, console: Console | None) -> dict[str, float]:
     """Numbers as given; those that are ``auto`` found on demand."""
     optima = {}
     for name, spec in recipe.objectives.items():

@@ -17,7 +17,14 @@ def gradients(folder: Path, recipe: Path, processes: int) -> dict[str, torch.Ten
     out = folder / f"gradients-{processes}.safetensors"
     launcher = [
         *("-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"),
-        *("--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"),
+        *(
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--num_cpu_threads_per_process",
+            "1",
+        ),
         *("--num_processes", str(processes), "--main_process_port", "0"),
     ]
     done = subprocess.run(

@@ -111,7 +111,7 @@ class Checkpoints:
 
     def load_newest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that is whole, and a line for each damaged one passed over."""
-        damaged = []
+        damaged: list[str] = []
         for step in reversed(self.steps()):
             try:
                 return self._load(step), damaged

@@ -278,9 +278,7 @@ class Sequential:
 
     gaps: dict[str, float] = {}
 
-    def __init__(
-        self, stages: Mapping[str, int] | Iterable[Stage | tuple[str, int]]
-    ) -> None:
+    def __init__(self, stages: Mapping[str, int] | Iterable[Stage | tuple[str, int]]) -> None:
         listed = stages.items() if isinstance(stages, Mapping) else stages
         self.stages: Sequence[Stage] = [
             stage if isinstance(stage, Stage) else Stage({stage[0]: 1.0}, steps=stage[1])

@@ -140,7 +140,8 @@ class Trainer:
         absent = [name for name in schedule.objectives if name not in objectives]
         if absent:
             raise ValueError(
-                f"schedule names {', '.join(absent)}, but the objectives are {', '.join(objectives)}"
+                f"schedule names {', '.join(absent)}, "
+                f"but the objectives are {', '.join(objectives)}"
             )
         self.accelerator = accelerator or Accelerator()
         self.policy = policy
@@ -449,15 +450,17 @@ class Trainer:
             for line in damaged:
                 self.recorder.event(self.step, "damaged", f"{line}; an earlier one is used")
             if checkpoint is not None:
-                self.recorder.event(self.step, "resumed", f"from the checkpoint of step {self.step}")
+                self.recorder.event(
+                    self.step, "resumed", f"from the checkpoint of step {self.step}"
+                )
         return self.step
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
         if state["fingerprint"] != self.fingerprint:
             raise RunError(
-                f"the checkpoint of step {checkpoint.step} in {self.checkpoints and self.checkpoints.folder} "
-                "was written with another recipe"
+                f"the checkpoint of step {checkpoint.step} was written with another recipe, other "
+                "data or another initial model. Put them back as they were, or start a new run."
             )
         here = {**dict(self._named), **_persistent_buffers(self.policy)}
         saved = checkpoint.tensors["policy"]
@@ -466,9 +469,7 @@ class Trainer:
         with torch.no_grad():
             for name, tensor in here.items():
                 tensor.copy_(saved[name])
-        unpack_optimizer(
-            self._optimizer_plain, checkpoint.tensors["optimizer"], state["optimizer"]
-        )
+        unpack_optimizer(self._optimizer_plain, checkpoint.tensors["optimizer"], state["optimizer"])
         self._lr.load_state_dict(state["lr_scheduler"])
         self.schedule.load_state_dict(state["schedule"])
         for name, source_state in state["sources"].items():

@@ -7,7 +7,7 @@ import difflib
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
@@ -69,7 +69,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-"""Models built from transformers' own configuration classes, so that everything runs without a hub."""
+"""Models built from transformers' own configuration classes: everything runs without a hub."""
 
 
 class LanguagePolicy(nn.Module):
@@ -98,8 +98,8 @@ class LanguagePolicy(nn.Module):
     def base(self) -> PreTrainedModel:
         """The transformers model, below any adapter."""
         if isinstance(self.model, peft.PeftModel):
-            return self.model.get_base_model()
-        return self.model
+            return cast(PreTrainedModel, self.model.get_base_model())
+        return cast(PreTrainedModel, self.model)
 
     @property
     def pad_id(self) -> int:
@@ -131,9 +131,7 @@ class LanguagePolicy(nn.Module):
         """
         decoder = self.base.get_decoder()
         hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
-        return token_statistics(
-            hidden[:, :-1], self.head(), labels[:, 1:], statistics=statistics
-        )
+        return token_statistics(hidden[:, :-1], self.head(), labels[:, 1:], statistics=statistics)
 
     def head(self) -> Head:
         """The output layer, as the chunked projection reads it."""
@@ -169,9 +167,10 @@ class LanguagePolicy(nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         """Trade time for memory: recompute activations in the backward pass."""
-        self.base.gradient_checkpointing_enable({"use_reentrant": False})
+        base: Any = self.base
+        base.gradient_checkpointing_enable({"use_reentrant": False})
         if isinstance(self.model, peft.PeftModel):
-            self.base.enable_input_require_grads()
+            base.enable_input_require_grads()
 
     def save_pretrained(self, folder: Path) -> None:
         """Write model (or adapter) and tokenizer in transformers' format."""
@@ -179,8 +178,8 @@ class LanguagePolicy(nn.Module):
         self.tokenizer.save_pretrained(folder)
 
     def _check_head(self) -> None:
-        # Families scale or cap their logits in ways of their own. Instead of a list of families that
-        # would age, compare the head with the model's own logits on a few tokens.
+        # Families scale or cap their logits in ways of their own. Instead of keeping a list of
+        # families that would age, compare the head with the model's own logits on a few tokens.
         training = self.training
         self.eval()
         device = next(self.parameters()).device
@@ -196,7 +195,7 @@ class LanguagePolicy(nn.Module):
             raise ModelError(
                 f"the output layer of {type(self.base).__name__} (model type "
                 f"{self.base.config.model_type!r}) changes its logits in a way that Holdfast does "
-                f"not know (log-probabilities differ by {worst:.3g}). Use a model of another family."
+                f"not know (log-probabilities differ by {worst:.3g}). Use another model family."
             )
 
 
@@ -250,9 +249,8 @@ def load_policy(
             if tokenizer is None:
                 tokenizer = load_tokenizer(model_name_or_path, revision)
             _check_vocabulary(model, tokenizer, model_name_or_path)
-        if lora is not None:
-            model = _add_lora(model, lora)
-    return LanguagePolicy(model, tokenizer)
+        adapted = model if lora is None else _add_lora(model, lora)
+    return LanguagePolicy(adapted, tokenizer)
 
 
 def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
@@ -320,11 +318,12 @@ def _load_model(
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer, name: str) -> None:
-    rows = model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.weight.shape[0]
     if len(tokenizer) > rows:
         raise ModelError(
-            f"the tokenizer has {len(tokenizer)} tokens, but {name} has embeddings for {rows}: they "
-            "do not belong together"
+            f"the tokenizer has {len(tokenizer)} tokens, but {name} has embeddings for {rows}: "
+            "they do not belong together"
         )
 
 
@@ -353,7 +352,9 @@ def _logit_scale(model: PreTrainedModel) -> float:
     kind = config.model_type
     if getattr(config, "logit_scale", None) is not None:  # Cohere
         return float(config.logit_scale)
-    if getattr(config, "logits_scaling", None) is not None:  # Granite divides, HyperCLOVA multiplies
+    if (
+        getattr(config, "logits_scaling", None) is not None
+    ):  # Granite divides, HyperCLOVA multiplies
         scaling = float(config.logits_scaling)
         return scaling if "hyperclova" in kind else 1.0 / scaling
     if getattr(config, "lm_head_multiplier", None) is not None:  # Falcon-H1

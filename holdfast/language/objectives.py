@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
 from holdfast.joint.objective import LossTerms
 from holdfast.language.data import Demonstration, Encoded, Preference, collate
 from holdfast.language.head import TokenStatistics
-from holdfast.language.losses import dpo, nll_from_statistics
+from holdfast.language.losses import Aggregation, Variant, dpo, nll_from_statistics
 
 
 class Nll:
@@ -25,7 +23,7 @@ class Nll:
         As in :func:`holdfast.language.losses.nll`.
     """
 
-    def __init__(self, pad_id: int, aggregation: str = "token-mean") -> None:
+    def __init__(self, pad_id: int, aggregation: Aggregation = "token-mean") -> None:
         self.pad_id = pad_id
         self.aggregation = aggregation
 
@@ -56,7 +54,7 @@ class Dpo:
         pad_id: int,
         *,
         beta: float = 0.1,
-        variant: Literal["sigmoid", "ipo", "hinge"] = "sigmoid",
+        variant: Variant = "sigmoid",
         label_smoothing: float = 0.0,
     ) -> None:
         self.pad_id = pad_id

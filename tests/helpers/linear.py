@@ -13,9 +13,7 @@ class Linear(nn.Module):
     def __init__(self, width: int = 3, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.weight = nn.Parameter(
-            torch.randn(width, 1, generator=generator, dtype=torch.float64)
-        )
+        self.weight = nn.Parameter(torch.randn(width, 1, generator=generator, dtype=torch.float64))
         self.bias = nn.Parameter(torch.zeros(1, dtype=torch.float64))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:

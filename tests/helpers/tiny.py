@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-WORDS = "red green blue cold warm tall small round quick slow".split()
+WORDS = ["red", "green", "blue", "cold", "warm", "tall", "small", "round", "quick", "slow"]
 
 
 def demonstrations(count: int) -> list[dict[str, str]]:

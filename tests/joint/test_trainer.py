@@ -61,7 +61,10 @@ def test_a_mixed_step_is_an_adamw_step_on_the_weighted_sum():
     twin = Linear()
     sources = [objective("a", 1).source, objective("b", 2).source]
     optimizer = torch.optim.AdamW(
-        [{"params": [twin.weight], "weight_decay": 0.1}, {"params": [twin.bias], "weight_decay": 0}],
+        [
+            {"params": [twin.weight], "weight_decay": 0.1},
+            {"params": [twin.bias], "weight_decay": 0},
+        ],
         lr=0.05,
     )
     for _ in range(4):
@@ -190,9 +193,7 @@ def test_clipping_bounds_the_norm_and_records_the_one_before(tmp_path):
 
 SCHEDULES = {
     "alright": lambda: Alright({"a": 0.5, "b": 0.5}, 3),
-    "maxright": lambda: Maxright(
-        {"a": 0.5, "b": 0.5}, {"a": 0.0, "b": 0.0}, 4, smoothing=0.5
-    ),
+    "maxright": lambda: Maxright({"a": 0.5, "b": 0.5}, {"a": 0.0, "b": 0.0}, 4, smoothing=0.5),
     "mix": lambda: Mix({"a": 0.5, "b": 0.5}),
     "sequential": lambda: Sequential([("a", 9), ("b", 30)]),
 }
@@ -289,9 +290,7 @@ def test_a_schedule_without_turns_ends_the_run(tmp_path):
 
 
 def test_a_stage_ends_on_the_loss_of_its_probe_rows():
-    built = trainer(
-        Sequential([Stage({"a": 1.0}, loss_below=0.05), ("b", 1)]), max_steps=2000
-    )
+    built = trainer(Sequential([Stage({"a": 1.0}, loss_below=0.05), ("b", 1)]), max_steps=2000)
     while built.schedule.stage == 0:
         built.train_step()
     assert built.step > 1  # the step that found the stage at its end already belonged to the next
