@@ -2,9 +2,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# One torch thread a process: the tests run as many processes as there are cores.
-export OMP_NUM_THREADS ?= 1
-
 .NOTPARALLEL:
 .PHONY: help demo test lint docs bench clean
 
@@ -17,14 +14,11 @@ help:
 	@echo 'make clean  remove the environment and everything built'
 
 demo: $(VENV)/.base
-	rm -rf runs/quickstart
-	$(BIN)/holdfast train quickstart --output runs/quickstart
-	$(BIN)/holdfast report runs/quickstart
-	@echo
-	@echo 'The report: runs/quickstart/report.html (open it in a browser)'
+	$(BIN)/holdfast train quickstart --output runs/quickstart --overwrite
+	@echo 'Open runs/quickstart/report.html in a browser.'
 
 test: $(VENV)/.test
-	$(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
