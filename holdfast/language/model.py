@@ -167,7 +167,7 @@ class LanguagePolicy(nn.Module):
 
     def enable_gradient_checkpointing(self) -> None:
         """Trade time for memory: recompute activations in the backward pass."""
-        base: Any = self.base
+        base = cast(Any, self.base)
         base.gradient_checkpointing_enable({"use_reentrant": False})
         if isinstance(self.model, peft.PeftModel):
             base.enable_input_require_grads()

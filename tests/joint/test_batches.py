@@ -3,7 +3,7 @@ from collections import Counter
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.joint.batches import Batches
@@ -25,6 +25,7 @@ def make(count, batch_size, seed, grouped, window):
     return Batches(range(count), batch_size, seed=seed, length=length, window=window)
 
 
+@settings(deadline=None)
 @given(shapes, st.integers(0, 30), st.integers(1, 30))
 def test_a_restored_source_continues_with_the_same_batches(shape, before, after):
     original = make(**shape)
@@ -38,6 +39,7 @@ def test_a_restored_source_continues_with_the_same_batches(shape, before, after)
         assert restored.state_dict() == original.state_dict()
 
 
+@settings(deadline=None)
 @given(shapes, st.integers(0, 20))
 def test_state_can_be_loaded_into_a_source_that_has_moved_on(shape, extra):
     source = make(**shape)
@@ -49,6 +51,7 @@ def test_state_can_be_loaded_into_a_source_that_has_moved_on(shape, extra):
     assert [source.next() for _ in range(3)] == first
 
 
+@settings(deadline=None)
 @given(shapes)
 def test_every_row_comes_once_an_epoch_and_batches_are_full(shape):
     source = make(**shape)

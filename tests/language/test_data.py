@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.errors import DataError
@@ -193,6 +193,7 @@ def grouped(labels):
 labelled = st.lists(st.sampled_from(["", "a", "b", "c", "d", "e"]), max_size=30).map(grouped)
 
 
+@settings(deadline=None)
 @given(labelled, st.integers(0, 8), st.integers(0, 8), st.integers(0, 3))
 def test_parts_are_disjoint_exact_and_share_no_prompt(rows, held_out, probe, seed):
     try:
@@ -215,6 +216,7 @@ def test_parts_are_disjoint_exact_and_share_no_prompt(rows, held_out, probe, see
     ]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 20), st.integers(0, 12), st.integers(0, 12))
 def test_rows_with_prompts_of_their_own_are_split_unless_none_would_remain(count, held_out, probe):
     rows = grouped([""] * count)

@@ -7,7 +7,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.errors import DataError
@@ -96,6 +96,7 @@ def test_csv_fields_may_be_longer_than_the_default_limit(tmp_path):
     assert csv.field_size_limit() == limit
 
 
+@settings(deadline=None)
 @given(st.lists(st.fixed_dictionaries({"prompt": any_text, "completion": any_text}), min_size=1))
 def test_any_text_survives_jsonl_and_csv(tmp_path_factory, rows):
     folder = tmp_path_factory.mktemp("rows")

@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -18,12 +18,14 @@ CHAT = [
 
 
 @both
+@settings(deadline=None)
 @given(any_text | st.lists(st.sampled_from([*SPECIAL_TOKENS, "é", " ", "\r\n", "a"])).map("".join))
 def test_any_text_survives_the_round_trip(tokenizer, text):
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
 @both
+@settings(deadline=None)
 @given(any_text)
 def test_offsets_cover_the_text_without_gaps(tokenizer, text):
     offsets = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
@@ -35,6 +37,7 @@ def test_offsets_cover_the_text_without_gaps(tokenizer, text):
     assert covered == len(text)
 
 
+@settings(deadline=None)
 @given(any_text)
 def test_the_token_of_a_byte_is_its_value(text):
     assert BYTES(text)["input_ids"] == list(text.encode())
