@@ -457,8 +457,8 @@ class _TiledLogps(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         operands, sums = _dtypes(hidden, weight)
         token_tile, vocab_tile = tile_sizes
-        # What fits in one tile is kept: projecting it again would save no memory. In half precision
-        # it would have to be normalised first, which costs as much as the projection.
+        # What fits in one tile is kept: projecting it again would save no memory. It is kept before
+        # it is divided by its sums, which half-precision operands might not hold.
         whole = len(targets) <= token_tile and len(weight) <= vocab_tile and operands == sums
         running = _Running(targets, sums, statistics)
         residual = denominators = None

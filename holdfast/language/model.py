@@ -174,7 +174,7 @@ class LanguagePolicy(nn.Module):
 
     def save_pretrained(self, folder: Path) -> None:
         """Write model (or adapter) and tokenizer in transformers' format."""
-        self.model.save_pretrained(folder)
+        cast(Any, self.model).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def _check_head(self) -> None:
