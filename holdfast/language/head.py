@@ -379,6 +379,8 @@ def _local(targets: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
 
 # Tiles and products -------------------------------------------------------------------------------
 
+# Products are written in place or to ``out``, and so are not autocast's to round.
+
 # Logits that fit in the first number of elements are one tile; else tiles have the second extent,
 # in tokens and vocabulary. On a CPU: 16 MiB of float32, and 4 MiB, about what a core's cache holds.
 # On CUDA: 128 MiB each, enough work for a product to keep the device busy.
@@ -462,20 +464,19 @@ class _TiledLogps(torch.autograd.Function):
         whole = len(targets) <= token_tile and len(weight) <= vocab_tile and operands == sums
         running = _Running(targets, sums, statistics)
         residual = denominators = None
-        with torch.autocast(hidden.device.type, enabled=False):
-            rows = hidden.to(operands)
-            scratch = rows.new_empty(token_tile * vocab_tile, dtype=sums)
-            for vocab in _tiles(len(weight), vocab_tile):
-                columns = weight[vocab].to(operands)
-                offset = None if bias is None else bias[vocab].to(sums)
-                for tokens in _tiles(len(rows), token_tile):
-                    tile = _project(rows[tokens], columns, offset, scratch)
-                    logits = activation.apply_(tile)
-                    if whole:
-                        keep = any(ctx.needs_input_grad)
-                        residual, denominators = running.fold_all(logits, activation, keep=keep)
-                    else:
-                        running.fold(logits, tokens, vocab.start)
+        rows = hidden.to(operands)
+        scratch = rows.new_empty(token_tile * vocab_tile, dtype=sums)
+        for vocab in _tiles(len(weight), vocab_tile):
+            columns = weight[vocab].to(operands)
+            offset = None if bias is None else bias[vocab].to(sums)
+            for tokens in _tiles(len(rows), token_tile):
+                tile = _project(rows[tokens], columns, offset, scratch)
+                logits = activation.apply_(tile)
+                if whole:
+                    keep = any(ctx.needs_input_grad)
+                    residual, denominators = running.fold_all(logits, activation, keep=keep)
+                else:
+                    running.fold(logits, tokens, vocab.start)
         logps, entropy, correct = running.results()
         ctx.mark_non_differentiable(*(x for x in (entropy, correct) if x is not None))
         ctx.set_materialize_grads(False)
@@ -496,43 +497,42 @@ class _TiledLogps(torch.autograd.Function):
         factor = grad_logps.unsqueeze(1) * -activation.inner
         if kept is not None:
             factor /= denominators
-        with torch.autocast(hidden.device.type, enabled=False):
-            rows = hidden.to(operands)
-            if needs_hidden:
-                grad_hidden = torch.zeros_like(hidden, dtype=sums)
-            if needs_weight:
-                grad_weight = torch.empty_like(weight)
-                weighted = (hidden * factor).to(operands)
-            if needs_bias:
-                grad_bias = torch.empty_like(bias)
-            scratch = rows.new_empty(token_tile * vocab_tile if kept is None else 0, dtype=sums)
-            for vocab in _tiles(len(weight), vocab_tile):
-                columns = weight[vocab].to(operands)
-                offset = None if bias is None else bias[vocab].to(sums)
-                weight_sum = torch.zeros_like(columns, dtype=sums) if needs_weight else None
-                bias_sum = columns.new_zeros(len(columns), dtype=sums) if needs_bias else None
-                for tokens in _tiles(len(rows), token_tile):
-                    if kept is None:
-                        tile = _project(rows[tokens], columns, offset, scratch)
-                        logits = activation.apply_(tile)
-                        slope = activation.slope(logits)
-                        softmax = logits.sub_(lse[tokens].unsqueeze(1)).exp_()
-                        residual = _residual_(softmax, 1.0, slope, targets[tokens], vocab.start)
-                    else:
-                        residual = kept
-                    if bias_sum is not None:
-                        bias_sum.addmv_(residual.T, factor[tokens, 0])
-                    residual = residual.to(operands)
-                    if needs_hidden:
-                        _add_product_(grad_hidden[tokens], residual, columns)
-                    if weight_sum is not None:
-                        _add_product_(weight_sum, residual.T, weighted[tokens])
-                if weight_sum is not None:
-                    grad_weight[vocab] = weight_sum
+        rows = hidden.to(operands)
+        if needs_hidden:
+            grad_hidden = torch.zeros_like(hidden, dtype=sums)
+        if needs_weight:
+            grad_weight = torch.empty_like(weight)
+            weighted = (hidden * factor).to(operands)
+        if needs_bias:
+            grad_bias = torch.empty_like(bias)
+        scratch = rows.new_empty(token_tile * vocab_tile if kept is None else 0, dtype=sums)
+        for vocab in _tiles(len(weight), vocab_tile):
+            columns = weight[vocab].to(operands)
+            offset = None if bias is None else bias[vocab].to(sums)
+            weight_sum = torch.zeros_like(columns, dtype=sums) if needs_weight else None
+            bias_sum = columns.new_zeros(len(columns), dtype=sums) if needs_bias else None
+            for tokens in _tiles(len(rows), token_tile):
+                if kept is None:
+                    tile = _project(rows[tokens], columns, offset, scratch)
+                    logits = activation.apply_(tile)
+                    slope = activation.slope(logits)
+                    softmax = logits.sub_(lse[tokens].unsqueeze(1)).exp_()
+                    residual = _residual_(softmax, 1.0, slope, targets[tokens], vocab.start)
+                else:
+                    residual = kept
                 if bias_sum is not None:
-                    grad_bias[vocab] = bias_sum
-            if needs_hidden:
-                grad_hidden = grad_hidden.mul_(factor).to(hidden.dtype)
+                    bias_sum.addmv_(residual.T, factor[tokens, 0])
+                residual = residual.to(operands)
+                if needs_hidden:
+                    _add_product_(grad_hidden[tokens], residual, columns)
+                if weight_sum is not None:
+                    _add_product_(weight_sum, residual.T, weighted[tokens])
+            if weight_sum is not None:
+                grad_weight[vocab] = weight_sum
+            if bias_sum is not None:
+                grad_bias[vocab] = bias_sum
+        if needs_hidden:
+            grad_hidden = grad_hidden.mul_(factor).to(hidden.dtype)
         return (
             grad_hidden if needs_hidden else None,
             grad_weight if needs_weight else None,
