@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import difflib
 import hashlib
+import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -12,8 +14,17 @@ from typing import Any, cast
 import peft
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from holdfast.errors import ModelError
@@ -153,16 +164,28 @@ class LanguagePolicy(nn.Module):
             if isinstance(self.model, peft.PeftModel)
             else contextlib.nullcontext()
         )
-        with without, torch.no_grad():
-            yield self
-        self.train(training)
+        try:
+            with without, torch.no_grad():
+                yield self
+        finally:
+            self.train(training)
 
     def fingerprint(self) -> str:
-        """Digest of every weight: equal for equal policies, wherever they came from."""
-        digest = hashlib.sha256()
+        """Digest of weights and configuration: equal for equal policies, wherever they came from.
+
+        The configuration counts because equal weights may be read differently: as four narrow
+        attention heads or two wide ones, with one base of the rotary embedding or another.
+        """
+        config = {
+            key: value
+            for key, value in self.base.config.to_dict().items()
+            if key not in _CONFIG_ORIGIN
+        }
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def enable_gradient_checkpointing(self) -> None:
@@ -180,22 +203,38 @@ class LanguagePolicy(nn.Module):
     def _check_head(self) -> None:
         # Families scale or cap their logits in ways of their own. Instead of keeping a list of
         # families that would age, compare the head with the model's own logits on a few tokens.
+        # Ours are followed by padding, which shows whether the model is causal as well.
+        family = f"{type(self.base).__name__} (model type {self.base.config.model_type!r})"
+        layer = self.base.get_output_embeddings()
+        if isinstance(layer, BaseTunerLayer):
+            raise ModelError(
+                "policy.lora.target_modules adapts the output layer, which Holdfast evaluates in "
+                "tiles from its weights alone: the adapter would not be trained. Leave the output "
+                "layer out, as 'all-linear' does."
+            )
         training = self.training
         self.eval()
         device = next(self.parameters()).device
-        vocabulary = self.base.get_output_embeddings().weight.shape[0]
-        ids = torch.arange(16, device=device).unsqueeze(0) % vocabulary
-        with torch.no_grad():
-            ours = self(ids, ids).logps
-            logits = self.base(input_ids=ids, use_cache=False).logits[:, :-1]
-            theirs = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        try:
+            ids = torch.arange(16, device=device).unsqueeze(0) % layer.weight.shape[0]
+            padded = nn.functional.pad(ids, (0, 8), value=self.pad_id)
+            with torch.no_grad():
+                ours = self(padded, padded).logps[:, :15]
+                logits = self.base(input_ids=ids, use_cache=False).logits[:, :-1]
+                theirs = logits.float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        except (AttributeError, TypeError, RuntimeError) as error:
+            raise ModelError(
+                f"{family} cannot be evaluated through the hidden states of its decoder and its "
+                f"output layer: {_first_line(error)}. Mend its configuration, or use another "
+                "model family."
+            ) from error
         self.train(training)
         worst = (ours - theirs).abs().max().item()
         if not worst <= (1e-3 if logits.dtype == torch.float32 else 0.1):
             raise ModelError(
-                f"the output layer of {type(self.base).__name__} (model type "
-                f"{self.base.config.model_type!r}) changes its logits in a way that Holdfast does "
-                f"not know (log-probabilities differ by {worst:.3g}). Use another model family."
+                f"{family} is not causal, or its output layer changes the logits in a way that "
+                f"Holdfast does not know (log-probabilities differ by {worst:.3g}). Use another "
+                "model family."
             )
 
 
@@ -238,7 +277,9 @@ def load_policy(
         if model_name_or_path in PRESETS:
             if tokenizer is None:
                 raise ModelError(f"preset {model_name_or_path!r} needs a tokenizer: bytes or bpe")
-            model = _build_preset(model_name_or_path, tokenizer, dtype, config or {})
+            model = _build_preset(
+                model_name_or_path, tokenizer, dtype, attn_implementation, config or {}
+            )
         else:
             if config:
                 raise ModelError(
@@ -262,7 +303,13 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
         If it has none.
     """
     try:
-        return AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+        if _is_generic(Path(name_or_path)):
+            return PreTrainedTokenizerFast.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision)
+        # For some families transformers makes up an empty one where there are no files.
+        if len(tokenizer) <= len(tokenizer.all_special_ids):
+            raise ValueError("it knows nothing but special tokens")
+        return tokenizer
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{name_or_path} has no tokenizer that can be loaded ({_first_line(error)}). Save one "
@@ -271,27 +318,57 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> Tokenizer:
         ) from error
 
 
+def _is_generic(folder: Path) -> bool:
+    """Whether a tokenizer was saved to be read back as it is.
+
+    Beside the configuration of some families (Qwen2 among them), transformers ignores that and puts
+    the family's own rules and tokens in place of the saved ones.
+    """
+    try:
+        saved = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        generic = saved["tokenizer_class"] in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return generic and (folder / "tokenizer.json").is_file()
+
+
 def _build_preset(
-    name: str, tokenizer: Tokenizer, dtype: str, overrides: Mapping[str, Any]
+    name: str,
+    tokenizer: Tokenizer,
+    dtype: str,
+    attn_implementation: str | None,
+    overrides: Mapping[str, Any],
 ) -> PreTrainedModel:
     class_name, values = PRESETS[name]
     config_class = getattr(transformers, class_name)
     known = set(config_class().to_dict())
+    from_tokenizer = {
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     for key in overrides:
+        if key in from_tokenizer:
+            raise ModelError(f"policy.config.{key}: this entry follows from the tokenizer")
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             raise ModelError(
                 f"policy.config.{key}: {class_name} has no such entry"
                 + (f"; did you mean {near[0]!r}?" if near else "")
             )
-    config = config_class(
-        **{**values, **overrides},
-        vocab_size=len(tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    try:
+        return AutoModelForCausalLM.from_config(
+            config_class(**{**values, **overrides}, **from_tokenizer),
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+        )
+    except (StrictDataclassError, *_REFUSALS, ZeroDivisionError) as error:
+        chosen = ", ".join(f"{key}: {value!r}" for key, value in overrides.items())
+        raise ModelError(
+            f"cannot build {class_name} with policy.config {{{chosen}}} and attn_implementation "
+            f"{attn_implementation!r}: {_last_line(error)}"
+        ) from error
 
 
 def _load_model(
@@ -299,22 +376,32 @@ def _load_model(
 ) -> PreTrainedModel:
     looks_local = Path(name_or_path).is_absolute() or name_or_path.startswith(".")
     if looks_local and not Path(name_or_path).is_dir():
-        raise ModelError(f"model directory {name_or_path} does not exist")
+        what = "is a file" if Path(name_or_path).exists() else "does not exist"
+        raise ModelError(f"model directory {name_or_path} {what}")
     try:
         AutoConfig.from_pretrained(name_or_path, revision=revision)
-        return AutoModelForCausalLM.from_pretrained(
+        result: Any = AutoModelForCausalLM.from_pretrained(
             name_or_path,
             revision=revision,
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, StrictDataclassError, *_REFUSALS) as error:
         near = difflib.get_close_matches(name_or_path, PRESETS, n=1)
         hint = f" Did you mean the preset {near[0]!r}?" if near else ""
         raise ModelError(
             f"cannot load model {name_or_path!r}: {_first_line(error)}.{hint} Expected a preset "
             f"({', '.join(PRESETS)}), a directory with config.json and weights, or a hub id."
         ) from error
+    model, found = result
+    if found["missing_keys"]:
+        absent = ", ".join(sorted(found["missing_keys"]))
+        raise ModelError(
+            f"the weights of {name_or_path!r} lack {absent}: they would be random. Expected the "
+            "whole of a causal language model."
+        )
+    return cast(PreTrainedModel, model)
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer, name: str) -> None:
@@ -328,22 +415,32 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer, name: str) -
 
 
 def _add_lora(model: PreTrainedModel, options: Mapping[str, Any]) -> nn.Module:
+    targets = options.get("target_modules")
+    names = [name for name, _ in model.named_modules()]
+    output = model.get_output_embeddings()
+    linear = sorted(
+        {
+            name.rsplit(".", 1)[-1]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and module is not output
+        }
+    )
+    known = f"in {type(model).__name__}. Its linear layers: {', '.join(linear)}"
+    for target in () if isinstance(targets, str | None) else targets:
+        # As peft matches. It is content if one of several targets is found.
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            near = difflib.get_close_matches(target, linear, n=1)
+            raise ModelError(
+                f"policy.lora.target_modules: {target!r} matches nothing {known}"
+                + (f". Did you mean {near[0]!r}?" if near else "")
+            )
     try:
-        adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
-    except ValueError as error:
-        suffixes = sorted(
-            {
-                name.rsplit(".", 1)[-1]
-                for name, module in model.named_modules()
-                if isinstance(module, nn.Linear)
-            }
-        )
+        return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    except (ValueError, re.error) as error:
         raise ModelError(
-            f"policy.lora.target_modules {options.get('target_modules')!r} matches nothing in "
-            f"{type(model).__name__} ({_first_line(error)}). Its linear layers: "
-            f"{', '.join(suffixes)}"
+            f"policy.lora.target_modules {targets!r} matches nothing that can be adapted {known} "
+            f"({_first_line(error)})"
         ) from error
-    return adapted
 
 
 def _logit_scale(model: PreTrainedModel) -> float:
@@ -374,5 +471,21 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
+_CONFIG_ORIGIN = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache"}
+"""Entries of a configuration that tell where it came from, not what it computes."""
+
+_REFUSALS = (ValueError, TypeError, KeyError, ImportError, RuntimeError)
+"""What transformers raises for configurations and weights that it cannot use."""
+
+
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (_said(error) or [type(error).__name__])[0].rstrip(".")
+
+
+def _last_line(error: BaseException) -> str:
+    """Validation errors name the field last."""
+    return (_said(error) or [type(error).__name__])[-1]
+
+
+def _said(error: BaseException) -> list[str]:
+    return [line.strip() for line in str(error).splitlines() if line.strip()]
