@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,7 +34,9 @@ SHIPPED = Path(__file__).parent / "recipes"
 class Spec(BaseModel):
     """A part of a recipe. Unknown entries are refused with the nearest known name."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -127,6 +130,22 @@ class ObjectiveSpec(Spec):
         None, description="f*: a number, or auto to find it by training on this objective alone"
     )
 
+    @field_validator("optimum", mode="before")
+    @classmethod
+    def _number_or_auto(cls, value: Any) -> Any:
+        if value is None or value == "auto":
+            return value
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(
+                f"expected a finite number, or auto, but found {value!r}"
+                f"{_nearest(str(value), ['auto'])}"
+            )
+        return number
+
 
 class NllSpec(ObjectiveSpec):
     """Supervised fine-tuning: negative log-likelihood of completion tokens."""
@@ -169,6 +188,10 @@ class WeightedSpec(Spec):
     @property
     def objectives(self) -> tuple[str, ...]:
         return tuple(self.weights)
+
+    def where(self, objective: str) -> str:
+        """The entry that names an objective."""
+        return f"weights.{objective}"
 
 
 class MixSpec(WeightedSpec):
@@ -217,11 +240,23 @@ class SequentialSpec(Spec):
     """Stages one after another."""
 
     kind: Literal["sequential"] = "sequential"
-    stages: tuple[StageSpec, ...] = Field(min_length=1)
+    stages: tuple[StageSpec, ...]
+
+    @field_validator("stages")
+    @classmethod
+    def _stages(cls, value: tuple[StageSpec, ...]) -> tuple[StageSpec, ...]:
+        if not value:
+            raise ValueError("stages is empty: name at least one stage")
+        return value
 
     @property
     def objectives(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(n for s in self.stages for n in s.stage().weights))
+
+    def where(self, objective: str) -> str:
+        """The entry that names an objective."""
+        naming = (i for i, s in enumerate(self.stages) if objective in s.stage().weights)
+        return f"stages.{next(naming)}"
 
 
 # The whole ----------------------------------------------------------------------------------------
@@ -267,7 +302,10 @@ class Recipe(Spec):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""
     policy: LanguagePolicySpec
-    objectives: dict[str, AnyObjective] = Field(min_length=1)
+    # A name is also part of file names and of dotted paths.
+    objectives: dict[
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")], AnyObjective
+    ] = Field(min_length=1)
     schedule: AnySchedule
     training: TrainingSpec
     output: str | None = Field(None, description="the run directory; default: runs/NAME")
@@ -280,7 +318,7 @@ class Recipe(Spec):
                     "absent_objective",
                     "names objective '{name}', which is not defined{near} Defined: {known}",
                     {
-                        "where": "schedule",
+                        "where": f"schedule.{self.schedule.where(name)}",
                         "name": name,
                         "near": _nearest(name, self.objectives),
                         "known": ", ".join(self.objectives),
@@ -360,10 +398,14 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise RecipeError(f"{path}{line}: not valid YAML: {error.problem}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
-        raise RecipeError(f"{path} holds {type(values).__name__}; a recipe is a mapping of entries")
+        found = "is empty" if values is None else f"holds a {type(values).__name__}"
+        raise RecipeError(f"{path} {found}; a recipe is a mapping of entries")
     lines = {where: line for where, line in _lines(node)} if node else {}
     for override in overrides:
         lines[_override(values, override)] = 0
@@ -392,11 +434,7 @@ def parse_recipe(
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        messages = [
-            _message(entry, file, lines or {})
-            for entry in error.errors()
-            if not str(entry["loc"][-1:]).startswith("('literal[")  # the other half of float | auto
-        ]
+        messages = [_message(entry, file, lines or {}) for entry in error.errors()]
         raise RecipeError("\n".join(dict.fromkeys(messages))) from None
     return _resolve(recipe, file.resolve().parent)
 
@@ -426,13 +464,16 @@ def _override(values: dict[str, Any], override: str) -> str:
     *parents, last = where.strip().split(".")
     target: Any = values
     for parent in parents:
-        target = target.setdefault(parent, {}) if isinstance(target, dict) else None
+        if target.get(parent) is None:
+            target[parent] = {}
+        target = target[parent]
         if not isinstance(target, dict):
             raise RecipeError(f"--set {override!r}: {parent!r} is not a mapping of entries")
     try:
         target[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override!r}: the value is not valid YAML: {error}") from error
+        problem = getattr(error, "problem", None) or error
+        raise RecipeError(f"--set {override!r}: the value is not valid YAML: {problem}") from error
     return where.strip()
 
 
@@ -503,7 +544,7 @@ def _message(entry: Any, file: Path, lines: Mapping[str, int]) -> str:
     where = ""
     for index, part in enumerate(parts):
         longer = f"{where}.{part}" if where else part
-        is_tag = part in _TAGS and longer not in lines and index > 0
+        is_tag = part in _TAGS and longer not in lines and index > 0 or part == "[key]"
         where = where if is_tag else longer
     text = entry["msg"].removeprefix("Value error, ")
     if entry["type"] == "unknown_entry":
@@ -526,6 +567,8 @@ def _message(entry: Any, file: Path, lines: Mapping[str, int]) -> str:
         ]
         found = entry["input"]
         text = f"{found!r} is not known{_nearest(str(found), known)} Known: {', '.join(known)}"
+    elif entry["type"] in _SHAPES:
+        text = f"expected {_SHAPES[entry['type']]}, but found {entry['input']!r}"
     elif not isinstance(entry["input"], Mapping) and entry["type"] != "value_error":
         text = f"{text[0].lower()}{text[1:]}, but found {entry['input']!r}"
     line = lines.get(where, lines.get(where.rpartition(".")[0]))
@@ -533,7 +576,15 @@ def _message(entry: Any, file: Path, lines: Mapping[str, int]) -> str:
     return f"{place}: {where}: {text}" if where else f"{place}: {text}"
 
 
-_TAGS = {"nll", "dpo", "sequential", "mix", "alright", "maxright", "float", "str", "tuple"}
+_TAGS = {"nll", "dpo", "sequential", "mix", "alright", "maxright", "str", "tuple[str, ...]"}
+
+_SHAPES = {
+    "model_type": "a mapping of entries",
+    "model_attributes_type": "a mapping of entries",
+    "dict_type": "a mapping of entries",
+    "tuple_type": "a list",
+}
+"""What the shapes of a recipe are called where it is written."""
 
 
 def _nearest(name: str, known: Any) -> str:

@@ -385,6 +385,7 @@ def _load_model(
             revision=revision,
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
             output_loading_info=True,
         )
     except (OSError, SafetensorError, StrictDataclassError, *_REFUSALS) as error:
@@ -395,11 +396,18 @@ def _load_model(
             f"({', '.join(PRESETS)}), a directory with config.json and weights, or a hub id."
         ) from error
     model, found = result
-    if found["missing_keys"]:
-        absent = ", ".join(sorted(found["missing_keys"]))
+    unusable = [
+        *(f"{name} is missing" for name in sorted(found["missing_keys"])),
+        *(
+            f"{name} has shape {tuple(saved)} instead of {tuple(expected)}"
+            for name, saved, expected in sorted(found["mismatched_keys"])
+        ),
+    ]
+    if unusable:
+        more = f", and {len(unusable) - 3} more" if len(unusable) > 3 else ""
         raise ModelError(
-            f"the weights of {name_or_path!r} lack {absent}: they would be random. Expected the "
-            "whole of a causal language model."
+            f"the weights of {name_or_path!r} are not those of its config.json: "
+            f"{', '.join(unusable[:3])}{more}. They would be random."
         )
     return cast(PreTrainedModel, model)
 
