@@ -47,7 +47,7 @@ KEEP_EVERY = 100
 
 @dataclass(frozen=True)
 class Reading:
-    """What the description of the figure leaves open.
+    """What the setting of the figure does not fix.
 
     Attributes
     ----------

@@ -164,7 +164,7 @@ def joint_run(method: str, share: float) -> dict[str, Any]:
 
 
 def sequential_run(order: Sequence[str], budget: int) -> dict[str, Any]:
-    """Two stages of half the budget; iterates are those of the second, as in the theorem."""
+    """Two stages of half the budget; the iterates are those of the second."""
     half = budget // 2
     schedules = [Sequential([(name, half) for name in order]) for _ in SEEDS]
     generators = [np.random.default_rng(seed) for seed in SEEDS]
