@@ -1,0 +1,6 @@
+"""What a person looks at: the report page, and tables for the terminal."""
+
+from holdfast.report.page import write_comparison, write_report
+from holdfast.report.tables import comparison_table, summary_table
+
+__all__ = ["comparison_table", "summary_table", "write_comparison", "write_report"]
