@@ -119,6 +119,11 @@ def test_a_token_across_the_boundary_counts():
     assert len(AB("xa")["input_ids"]) == 2
 
 
+def test_a_token_across_the_end_of_a_span_counts():
+    (tokens,) = encode([Passage("xabx", ((1, 2),), True, "rows:1")], AB)
+    assert tokens.counted.tolist() == [False, True, False]
+
+
 def test_all_bytes_of_a_character_count_together():
     tokens = tokens_of("😀", "😁", BYTES)  # They share their first three bytes.
     assert tokens.counted.tolist() == [False] * 4 + [True] * 5
@@ -268,6 +273,10 @@ def talking(template):
         # Drops all but the last turn's words.
         "{% for m in messages %}[{{ m.role }}]{% if loop.last %}{{ m.content }}{% endif %}"
         "{% endfor %}",
+        # Thinks only in the last turn.
+        "{% for m in messages %}[{{ m.role }}]{% if loop.last and m.role == 'assistant' %}(hm)"
+        "{% endif %}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}",
         # Invites an answer in other words than it writes one.
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
         "{% if add_generation_prompt %}[bot]{% endif %}",
@@ -359,6 +368,11 @@ def test_prompt_that_leaves_no_room_is_a_bad_row_with_its_length():
         "4: raise max_length above 4, or shorten the prompt. Mend the row, or set bad_rows: drop "
         "to leave such rows out."
     )
+
+
+def test_a_row_of_which_only_the_first_token_fits_is_a_bad_row():
+    with pytest.raises(BadRow, match="the prompt has 0 tokens"):
+        truncate(tokens_of("", "ab", BYTES), 1, "rows:1")
 
 
 # Batches --------------------------------------------------------------------------------------
