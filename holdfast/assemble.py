@@ -111,9 +111,7 @@ def assemble(
         digests[name] = _digest(weights, *(fingerprint(part) for part in (train, probe, held_out)))
         if isinstance(spec, DpoSpec):
             with accelerator.main_process_first():
-                train, probe, held_out = _scored(
-                    spec, policy, weights, (train, probe, held_out), say
-                )
+                train, probe, held_out = _scored(spec, policy, (train, probe, held_out), say)
         objectives[name] = Objective(
             name=name,
             loss=_loss(spec, policy),
@@ -275,18 +273,16 @@ def _loss(spec: NllSpec | DpoSpec, policy: LanguagePolicy) -> Any:
 def _scored(
     spec: DpoSpec,
     policy: LanguagePolicy,
-    weights: str,
     parts: tuple[list[Any], list[Any], list[Any]],
     say: Callable[[str], None],
 ) -> tuple[list[Any], list[Any], list[Any]]:
-    reference, known = policy, weights
+    reference = policy
     if spec.reference is not None:
         reference = load_policy(spec.reference, tokenizer=policy.tokenizer)
         reference.to(next(policy.parameters()).device)
-        known = reference.fingerprint()
     say(f"reference log-probabilities of {sum(map(len, parts))} pairs")
     rows = [row for part in parts for row in part]
-    scored = with_reference(rows, reference, cache_folder(), policy_fingerprint=known)
+    scored = with_reference(rows, reference, cache_folder())
     first, second = len(parts[0]), len(parts[0]) + len(parts[1])
     return scored[:first], scored[first:second], scored[second:]
 
@@ -303,11 +299,21 @@ def accelerator_for(recipe: Recipe, folder: Path) -> Accelerator:
     RecipeError
         If a tracker is not installed.
     """
+    wanted = list(recipe.training.report_to)
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision="bf16" if recipe.training.bf16 else "no",
-            log_with=list(recipe.training.report_to) or None,
+            log_with=wanted or None,
             project_dir=str(folder),
         )
     except (ValueError, ImportError) as error:
         raise RecipeError(f"training.report_to or training.bf16: {error}") from error
+    # accelerate leaves out a tracker whose package is not installed, and says nothing.
+    found = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
+    absent = [name for name in wanted if name != "all" and name not in found]
+    if absent:
+        raise RecipeError(
+            f"training.report_to: {', '.join(absent)} is not installed. Install its package, or "
+            "leave it out."
+        )
+    return accelerator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from holdfast import __version__
 from holdfast.errors import HoldfastError
@@ -61,8 +63,8 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
 
     loaded = load_recipe(recipe, set_ or ())
     text = yaml.safe_dump(loaded.dump(), sort_keys=False, allow_unicode=True)
-    console.print(text, highlight=False, markup=False)
-    console.print(f"{recipe} is valid", highlight=False)
+    _say(text.rstrip())
+    _say(f"# {recipe} is valid")
 
 
 @app.command(
@@ -81,7 +83,7 @@ def train(
     """Train a recipe, and write its report."""
     overrides = list(set_ or ())
     if output is not None:
-        overrides.append(f"output={output}")
+        overrides.append(f"output={json.dumps(output)}")  # a folder named 1 is text, too
     loaded = load_recipe(recipe, overrides)
 
     from holdfast.run import train as train_recipe
@@ -122,7 +124,7 @@ def report(
     """Write one self-contained HTML page about a run, or about several."""
     from holdfast.report import write_report
 
-    console.print(f"report: {write_report(runs, output)}", highlight=False)
+    _say(f"report: {write_report(runs, output)}")
 
 
 @app.command(epilog="Example:  holdfast compare runs/mix runs/alright runs/maxright")
@@ -134,7 +136,7 @@ def compare(
     from holdfast.report import comparison_table, write_comparison
 
     console.print(comparison_table(runs))
-    console.print(f"comparison: {write_comparison(runs, output)}", highlight=False)
+    _say(f"comparison: {write_comparison(runs, output)}")
 
 
 @app.command("list", epilog="Example:  holdfast list")
@@ -168,8 +170,13 @@ def _finish(run: Path) -> None:
     from holdfast.report import summary_table, write_report
 
     console.print(summary_table(run))
-    console.print(f"run: {run}", highlight=False)
-    console.print(f"report: {write_report([run])}", highlight=False)
+    _say(f"run: {run}")
+    _say(f"report: {write_report([run])}")
+
+
+def _say(text: str) -> None:
+    """Print as it is: paths are not broken into lines, and brackets are no markup."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -177,13 +184,6 @@ def main() -> None:
     try:
         app()
     except HoldfastError as error:
-        Console(stderr=True).print(
-            f"[bold red]error:[/bold red] {_escaped(error)}", highlight=False
-        )
+        message = Text.assemble(("error:", "bold red"), f" {error}")
+        Console(stderr=True).print(message, soft_wrap=True)
         sys.exit(2)
-
-
-def _escaped(error: HoldfastError) -> str:
-    from rich.markup import escape
-
-    return escape(str(error))

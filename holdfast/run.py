@@ -5,6 +5,8 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import shlex
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +28,7 @@ from holdfast.assemble import (
 )
 from holdfast.errors import HoldfastError, RunError
 from holdfast.joint.record import Recorder, machine, peak_memory_bytes, versions, write_json
-from holdfast.recipe import Recipe, parse_recipe
+from holdfast.recipe import Recipe, load_recipe
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -78,7 +80,7 @@ def resume(folder: Path, *, console: Console | None = None) -> Path:
     described = json.loads((folder / "run.json").read_text("utf-8"))
     if described.get("status") == "finished":
         if console is not None:
-            console.print(f"{folder} is finished already: nothing to resume")
+            console.print(f"{folder} is finished already: nothing to resume", soft_wrap=True)
         return folder
     threads = described.get("machine", {}).get("threads")
     if threads:
@@ -95,6 +97,7 @@ def find_optima(recipe: Recipe, *, console: Console | None = None) -> dict[str, 
     mean loss on held-out rows. Values are cached under a digest of what they depend on, which does
     not include the schedule: another weight never repeats them.
     """
+    _quieten_libraries()
     accelerator = accelerator_for(recipe, cache_folder())
     assembly = assemble(recipe, accelerator, say=_say(console, accelerator))
     wanted = [name for name, spec in recipe.objectives.items() if spec.optimum in ("auto", None)]
@@ -115,7 +118,7 @@ def recipe_of(folder: Path) -> Recipe:
             f"{folder} is not a run directory: it has no recipe.yaml and run.json. Name the folder "
             "that 'holdfast train' printed, such as runs/quickstart."
         )
-    return parse_recipe(yaml.safe_load(path.read_text("utf-8")), file=path)
+    return load_recipe(str(path))
 
 
 def _claim(folder: Path, recipe: Recipe, overwrite: bool) -> None:
@@ -128,19 +131,19 @@ def _claim(folder: Path, recipe: Recipe, overwrite: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"cannot create run directory {folder}: {error}") from error
-    text = yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True)
-    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
     write_json(
         folder / "run.json",
         {
             "name": recipe.name,
             "status": "running",
             "reason": None,
-            "command": " ".join(["holdfast", *sys.argv[1:]]),
+            "command": shlex.join(["holdfast", *sys.argv[1:]]),
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "machine": machine(),
         },
     )
+    text = yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True)
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
 
 
 def _refuse_or_clear(folder: Path, recipe: Recipe, overwrite: bool) -> None:
@@ -148,7 +151,7 @@ def _refuse_or_clear(folder: Path, recipe: Recipe, overwrite: bool) -> None:
         raise RunError(
             f"{folder} is not empty and holds no run. Choose another 'output', or empty it."
         )
-    if overwrite:
+    if overwrite or _failed_before_training(folder):
         _clear(folder)
         return
     old = recipe_of(folder)
@@ -164,11 +167,15 @@ def _refuse_or_clear(folder: Path, recipe: Recipe, overwrite: bool) -> None:
     )
 
 
+def _failed_before_training(folder: Path) -> bool:
+    """Whether a run ended for a reason such as a mistyped path: it is no loss to start again."""
+    described = json.loads((folder / "run.json").read_text("utf-8"))
+    return described.get("status") == "failed" and not (folder / "metrics.jsonl").exists()
+
+
 def _clear(folder: Path) -> None:
     """Remove what a run wrote, and only that."""
-    import shutil
-
-    for name in ("checkpoints", "refused", "model", "tokenizer"):
+    for name in ("checkpoints", "refused", "model", "tokenizer", "tokenizer.partial"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("run.json", "recipe.yaml", "metrics.jsonl", "report.html"):
         (folder / name).unlink(missing_ok=True)
@@ -192,8 +199,7 @@ def _execute(
     resume: bool,
     console: Console | None,
 ) -> Path:
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    _quieten_libraries()
     main = accelerator.is_main_process
     say = _say(console, accelerator)
     recorder: Recorder | None = None
@@ -212,7 +218,7 @@ def _execute(
                 optima=optima,
                 fingerprint=assembly.fingerprint,
             )
-            assembly.policy.tokenizer.save_pretrained(folder / "tokenizer")
+            _keep_tokenizer(assembly, folder / "tokenizer")
         trainer = build_trainer(
             recipe, assembly, optima, accelerator, folder=folder, recorder=recorder
         )
@@ -303,6 +309,22 @@ def _start_trackers(recipe: Recipe, accelerator: Accelerator) -> Accelerator | N
     return accelerator
 
 
+def _keep_tokenizer(assembly: Assembly, folder: Path) -> None:
+    """Whole or not at all: a run that is killed meanwhile can still be resumed."""
+    if folder.is_dir():
+        return
+    partial = folder.with_name("tokenizer.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    assembly.policy.tokenizer.save_pretrained(partial)
+    partial.rename(folder)
+
+
+def _quieten_libraries() -> None:
+    """Their notes and bars would garble the messages and the progress that a person reads."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def _parameters(assembly: Assembly) -> dict[str, int]:
     parameters = list(assembly.policy.parameters())
     return {
@@ -314,6 +336,6 @@ def _parameters(assembly: Assembly) -> dict[str, int]:
 def _say(console: Console | None, accelerator: Accelerator) -> Any:
     def say(text: str) -> None:
         if console is not None and accelerator.is_main_process:
-            console.print(text, highlight=False)
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     return say
