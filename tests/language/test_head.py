@@ -421,20 +421,22 @@ def test_large_logits_neither_overflow_nor_vanish(tile, size):
 
 
 @pytest.mark.parametrize("tile", [None, 2, 3, 4])
-def test_banned_ids_are_as_if_they_were_not_there(tile):
+@pytest.mark.parametrize("statistics", [False, True])
+def test_banned_ids_are_as_if_they_were_not_there(tile, statistics):
     hidden, head, labels = make(16, vocab=6, ignored=0.0)
     labels = labels % 2 + 4  # ids 4 and 5 are left once 0 to 3 are banned
     bias = torch.zeros(6, dtype=torch.float64)
     bias[:4] = -math.inf
     banned = Head(head.weight, bias)
-    found = token_statistics(hidden, banned, labels, statistics=True, vocab_tile=tile)
+    found = token_statistics(hidden, banned, labels, statistics=statistics, vocab_tile=tile)
     expected = reference(hidden, Head(head.weight[4:]), labels - 4)
     agree(found, expected, 1e-10)
     inputs = parts(hidden, head)
     torch.testing.assert_close(
         gradients(found.logps, inputs, 5), gradients(expected["logps"], inputs, 5)
     )
-    agree(dense_statistics(hidden @ head.weight.T + bias, labels, statistics=True), expected, 1e-10)
+    logits = hidden @ head.weight.T + bias
+    agree(dense_statistics(logits, labels, statistics=statistics), expected, 1e-10)
 
 
 @pytest.mark.parametrize("tile", [None, 4], ids=["one tile", "many tiles"])

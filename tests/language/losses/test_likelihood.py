@@ -125,6 +125,7 @@ def test_nothing_counted_is_zero_over_zero_with_a_zero_gradient(aggregation):
 
 def test_log_probabilities_of_sequences_are_sums_or_means_over_tokens():
     hidden, labels = draw(5, vocab=4)
+    labels[0, 1:] = IGNORED
     labels = torch.cat([labels, torch.full((1, 5), IGNORED)])
     hidden = torch.cat([hidden, hidden[:1]])
     scored = token_statistics(hidden, Head(hidden.new_ones(7, 4).cumsum(0)), labels)

@@ -82,6 +82,8 @@ def test_equals_torch_formulas_with_gradients(seed, pairs, beta, variant, smooth
         torch.autograd.grad(expected, [chosen, rejected]),
     )
     assert terms.count.item() == pairs
+    assert terms.metrics["rewards/accuracies"].item() == (delta > 0).sum().item()
+    torch.testing.assert_close(terms.metrics["rewards/margins"], beta * delta.detach().sum())
     assert not any(value.requires_grad for value in terms.metrics.values())
 
 
