@@ -1,0 +1,199 @@
+"""The losses of a recipe, from rows to loss terms, against dense logits in transformers."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+from torch.testing import assert_close
+
+from holdfast.language.data import Demonstration, Encoded, Preference
+from holdfast.language.model import load_policy
+from holdfast.language.objectives import Dpo, Nll, score, sequence_logps
+from holdfast.language.tokenizers import build_tokenizer
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48}
+
+
+@pytest.fixture
+def policy():
+    built = load_policy("tiny-qwen2", tokenizer=build_tokenizer(), config=SMALL, seed=3).eval()
+    with torch.no_grad():  # Far from uniform, so that mistakes are large.
+        for parameter in built.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(6)
+    return built
+
+
+def tokens(draw: np.random.Generator, prompt: int, completion: int) -> Encoded:
+    ids = draw.integers(0, 256, prompt + completion).astype(np.int32)
+    return Encoded(ids, np.arange(prompt + completion) >= prompt)
+
+
+def demonstrations(count: int = 5, seed: int = 0) -> list[Demonstration]:
+    draw = np.random.default_rng(seed)
+    sizes = draw.integers(1, 9, (count, 2))
+    return [Demonstration(tokens(draw, p, c), f"rows:{n}") for n, (p, c) in enumerate(sizes)]
+
+
+def preferences(count: int = 4, seed: int = 0, scored: bool = True) -> list[Preference]:
+    draw = np.random.default_rng(seed)
+    rows = []
+    for index in range(count):
+        prompt, chosen, rejected = draw.integers(1, 9, 3)
+        logps = -3.0 * draw.random(2) * np.array([chosen, rejected]) if scored else (None, None)
+        rows.append(
+            Preference(
+                tokens(draw, prompt, chosen),
+                tokens(draw, prompt, rejected),
+                f"rows:{index}",
+                *(None if value is None else float(value) for value in logps),
+            )
+        )
+    return rows
+
+
+def dense(policy, row: Encoded) -> torch.Tensor:
+    """Log-probabilities of the counted tokens of one row alone, in double precision."""
+    ids = torch.tensor(row.input_ids, dtype=torch.int64)[None]
+    logits = policy.base(input_ids=ids, use_cache=False).logits[0, :-1].double()
+    logps = logits.log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+    return logps[torch.tensor(row.counted[1:])]
+
+
+def gradients(policy, loss: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, list(policy.parameters())))
+
+
+def assert_gradients_agree(policy, first: torch.Tensor, second: torch.Tensor) -> None:
+    for ours, theirs in zip(gradients(policy, first), gradients(policy, second), strict=True):
+        scale = theirs.abs().max().item()
+        assert_close(ours, theirs.to(ours), rtol=1e-4, atol=1e-5 * max(scale, 1.0))
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "sequence-mean", "sequence-sum"])
+def test_nll_is_the_mean_over_counted_tokens_of_dense_log_probabilities(aggregation, policy):
+    rows = demonstrations()
+    terms = Nll(policy.pad_id, aggregation)(policy, rows)
+    each = [dense(policy, row.tokens) for row in rows]
+    expected, count = {
+        "token-mean": (-torch.cat(each).sum(), sum(map(len, each))),
+        "sequence-mean": (-torch.stack([logps.mean() for logps in each]).sum(), len(rows)),
+        "sequence-sum": (-torch.stack([logps.sum() for logps in each]).sum(), len(rows)),
+    }[aggregation]
+    assert int(terms.count) == count
+    assert_close(terms.total.double(), expected, rtol=1e-5, atol=1e-5)
+    assert_gradients_agree(policy, terms.total, expected)
+
+
+def test_entropy_and_accuracy_are_evaluated_but_not_paid_for_in_training(policy):
+    rows = demonstrations()
+    evaluated = Nll(policy.pad_id)(policy.eval(), rows).metrics
+    assert set(evaluated) == {"entropy", "mean_token_accuracy"}
+    assert not Nll(policy.pad_id)(policy.train(), rows).metrics
+    correct, entropy = 0, 0.0
+    for row in rows:
+        ids = torch.tensor(row.tokens.input_ids, dtype=torch.int64)[None]
+        logits = policy.base(input_ids=ids).logits[0, :-1][torch.tensor(row.tokens.counted[1:])]
+        targets = ids[0, 1:][torch.tensor(row.tokens.counted[1:])]
+        correct += int((logits.argmax(-1) == targets).sum())
+        entropy += torch.distributions.Categorical(logits=logits).entropy().sum().item()
+    assert int(evaluated["mean_token_accuracy"]) == correct
+    assert evaluated["entropy"].item() == pytest.approx(entropy, rel=1e-4)
+
+
+def expected_dpo(policy, rows, beta: float, variant: str, smoothing: float):
+    """Losses pair by pair, by their formulas, with each completion alone in its batch."""
+    losses, rewards = [], []
+    for row in rows:
+        chosen, rejected = dense(policy, row.chosen), dense(policy, row.rejected)
+        ratios = (
+            chosen.sum() - row.reference_chosen_logps,
+            rejected.sum() - row.reference_rejected_logps,
+        )
+        if variant == "ipo":
+            ratios = ratios[0] / len(chosen), ratios[1] / len(rejected)
+        delta = ratios[0] - ratios[1]
+        losses.append(
+            {
+                "sigmoid": -(1 - smoothing) * logsigmoid(beta * delta)
+                - smoothing * logsigmoid(-beta * delta),
+                "ipo": (delta - 1 / (2 * beta)) ** 2,
+                "hinge": (1 - beta * delta).clamp(min=0),
+            }[variant]
+        )
+        rewards.append((beta * ratios[0].item(), beta * ratios[1].item()))
+    return torch.stack(losses), rewards
+
+
+@pytest.mark.parametrize(
+    ("variant", "smoothing"), [("sigmoid", 0.0), ("sigmoid", 0.2), ("ipo", 0.0), ("hinge", 0.0)]
+)
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_dpo_is_the_sum_over_pairs_of_its_formula_on_dense_log_probabilities(
+    variant, smoothing, beta, policy
+):
+    rows = preferences()
+    loss = Dpo(policy.pad_id, beta=beta, variant=variant, label_smoothing=smoothing)
+    terms = loss(policy, rows)
+    losses, rewards = expected_dpo(policy, rows, beta, variant, smoothing)
+    assert int(terms.count) == len(rows)
+    assert_close(terms.total.double(), losses.sum(), rtol=1e-5, atol=1e-5)
+    assert_gradients_agree(policy, terms.total, losses.sum())
+    metrics = {name: value.item() for name, value in terms.metrics.items()}
+    assert metrics["rewards/chosen"] == pytest.approx(sum(c for c, _ in rewards), rel=1e-4)
+    assert metrics["rewards/rejected"] == pytest.approx(sum(r for _, r in rewards), rel=1e-4)
+    assert metrics["rewards/accuracies"] == sum(c > r for c, r in rewards)
+    assert metrics["rewards/margins"] == pytest.approx(sum(c - r for c, r in rewards), rel=1e-4)
+
+
+def test_dpo_starts_at_log_two_where_policy_and_reference_agree(policy):
+    rows = []
+    for row in preferences(scored=False):
+        chosen, rejected = (dense(policy, side).sum().item() for side in (row.chosen, row.rejected))
+        rows.append(replace(row, reference_chosen_logps=chosen, reference_rejected_logps=rejected))
+    terms = Dpo(policy.pad_id)(policy, rows)
+    assert (terms.total / terms.count).item() == pytest.approx(np.log(2), abs=1e-5)
+
+
+def test_rows_without_reference_log_probabilities_are_refused_by_origin(policy):
+    rows = preferences(2) + [replace(preferences(1, scored=False)[0], origin="data.jsonl:7")]
+    with pytest.raises(ValueError, match="without reference log-probabilities: data.jsonl:7"):
+        Dpo(policy.pad_id)(policy, rows)
+
+
+@pytest.mark.parametrize("kind", ["nll", "dpo", "ipo"])
+def test_a_batch_cut_in_parts_has_the_same_total_count_and_metrics(kind, policy):
+    rows = demonstrations(6) if kind == "nll" else preferences(6)
+    loss = {
+        "nll": Nll(policy.pad_id),
+        "dpo": Dpo(policy.pad_id),
+        "ipo": Dpo(policy.pad_id, variant="ipo"),
+    }[kind]
+    whole = loss(policy, rows)
+    for cuts in ([1] * 6, [4, 2], [1, 5]):
+        starts = np.cumsum([0, *cuts])
+        parts = [loss(policy, rows[a:b]) for a, b in zip(starts, starts[1:], strict=False)]
+        assert sum(int(part.count) for part in parts) == int(whole.count)
+        assert_close(sum(part.total for part in parts), whole.total, rtol=1e-5, atol=1e-5)
+        assert whole.metrics.keys() == parts[0].metrics.keys()
+        for name, value in whole.metrics.items():
+            together = sum(part.metrics[name].double() for part in parts)
+            assert_close(together, value.double(), rtol=1e-4, atol=1e-4)
+
+
+def test_the_token_that_pads_changes_nothing(policy):
+    rows = preferences()
+    totals = [Dpo(pad)(policy, rows).total for pad in (policy.pad_id, 0, 65)]
+    assert torch.equal(totals[0], totals[1]) and torch.equal(totals[0], totals[2])
+
+
+def test_sequences_are_scored_by_the_sum_over_their_counted_tokens(policy):
+    rows = [row.tokens for row in demonstrations()]
+    expected = torch.stack([dense(policy, row).sum() for row in rows])
+    assert_close(
+        sequence_logps(policy, rows, policy.pad_id).double(), expected, rtol=1e-5, atol=1e-4
+    )
+    scored = score(policy, rows, policy.pad_id, False)
+    assert scored.mask.sum(-1).tolist() == [int(row.counted[1:].sum()) for row in rows]
