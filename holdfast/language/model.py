@@ -170,8 +170,10 @@ class LanguagePolicy(nn.Module):
         finally:
             self.train(training)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, *, adapter: bool = True) -> str:
         """Digest of weights and configuration: equal for equal policies, wherever they came from.
+
+        Without the adapter it is that of the reference: one base, many adapters, one cache entry.
 
         The configuration counts because equal weights may be read differently: as four narrow
         attention heads or two wide ones, with one base of the rotary embedding or another.
@@ -183,6 +185,8 @@ class LanguagePolicy(nn.Module):
         }
         digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.state_dict().items()):
+            if not adapter and "lora_" in name:
+                continue
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             digest.update(flat.view(torch.uint8).numpy().data)

@@ -26,7 +26,6 @@ def with_reference(
     policy: LanguagePolicy,
     cache: Path,
     *,
-    policy_fingerprint: str | None = None,
     tokens_at_once: int = 8192,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Preference]:
@@ -40,8 +39,6 @@ def with_reference(
         The reference (see :meth:`LanguagePolicy.reference`).
     cache : Path
         Folder of the cache. An entry is found by digest of policy and rows.
-    policy_fingerprint : str, optional
-        ``policy.fingerprint()``, if it is known already.
     tokens_at_once : int
         Padded tokens in a forward pass.
     progress : callable, optional
@@ -54,7 +51,7 @@ def with_reference(
     """
     if not rows:
         return []
-    known = policy_fingerprint or policy.fingerprint()
+    known = policy.fingerprint(adapter=False)
     key = hashlib.sha256(f"{known} {fingerprint(rows)}".encode()).hexdigest()
     path = cache / "reference" / f"{key}.safetensors"
     logps = _read(path, len(rows))
