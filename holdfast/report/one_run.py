@@ -47,7 +47,7 @@ def _header(run: Run) -> str:
     facts = [f"Started {escape(text.moment(run.facts.get('started')))}"]
     facts.append(f"<code>{escape(str(run.path))}</code>")
     lines = [f'<p class="lead">{" · ".join(facts)}</p>']
-    if run.facts.get("reason"):
+    if run.facts.get("reason") not in (None, "", run.status):
         lines.append(f"<p>{status.capitalize()}: {escape(str(run.facts['reason']))}</p>")
     if run.status == "running":
         lines.append("<p>This run had not ended when the page was written.</p>")
@@ -114,11 +114,9 @@ def _objectives(run: Run, slots: dict[str, int]) -> str:
 
 
 def _objective_space(run: Run, slots: dict[str, int], prefix: str) -> str:
-    figures = [
-        drawn
-        for x, y in itertools.combinations(slots, 2)
-        if (drawn := parts.trajectory([run], [None], x, y, f"{prefix}-space-{slots[x]}-{slots[y]}"))
-    ]
+    figures: list[str] = []
+    for x, y in itertools.combinations(slots, 2):
+        figures += parts.trajectories([run], [None], x, y, f"{prefix}-space-{slots[x]}-{slots[y]}")
     gaps = [(name, run.gap(name), slot) for name, slot in slots.items()]
     if any(gap is not None for _, gap, _ in gaps):
         rows: list[tuple[str, float | None, int | None]] = [*gaps]

@@ -15,8 +15,8 @@ from string import Template
 
 from holdfast.errors import RunError
 from holdfast.report.one_run import recipe, run_sections
-from holdfast.report.read import read_run
-from holdfast.report.runs import POINTS, Run, labels
+from holdfast.report.read import read_runs
+from holdfast.report.runs import POINTS, labels
 from holdfast.report.several_runs import comparison_sections
 
 
@@ -41,7 +41,7 @@ def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
     RunError
         If a directory is not a run, or the page cannot be written.
     """
-    loaded = _read(runs)
+    loaded = read_runs(runs)
     if len(loaded) == 1:
         (run,) = loaded
         return _write(run.name, run_sections(run, "run"), output or run.path / "report.html")
@@ -76,17 +76,11 @@ def write_comparison(runs: Sequence[Path], output: Path | None = None) -> Path:
     RunError
         If a directory is not a run, or the page cannot be written.
     """
-    loaded = _read(runs)
+    loaded = read_runs(runs)
     body = comparison_sections(loaded) + "<h2>Recipes</h2>"
     for name, run in zip(labels(loaded), loaded, strict=True):
         body += recipe(run, name)
     return _write(f"Comparison of {len(loaded)} runs", body, output or Path("comparison.html"))
-
-
-def _read(runs: Sequence[Path]) -> list[Run]:
-    if not runs:
-        raise RunError("no run was named: name at least one run directory")
-    return [read_run(Path(path)) for path in runs]
 
 
 def _write(title: str, body: str, output: Path) -> Path:

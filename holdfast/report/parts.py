@@ -5,7 +5,7 @@ Arguments are plain text, escaped here, unless their description says that they 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 
 from holdfast.report import plots, text
@@ -64,22 +64,30 @@ def keys(slots: Mapping[str, int]) -> str:
     )
 
 
-def trajectory(
+def trajectories(
     runs: Sequence[Run], slots: Iterable[int | None], x: str, y: str, name: str
-) -> str | None:
-    """Runs in the plane of two objectives; ``None`` if no run has evaluated both."""
+) -> Iterator[str]:
+    """Runs in the plane of two objectives, and a close-up of their ends where it is needed.
+
+    Nothing if no run has evaluated both.
+    """
     found = [plots.trail(run, x, y, slot) for run, slot in zip(runs, slots, strict=True)]
     trails = [trail for trail in found if trail is not None]
     if not trails:
-        return None
+        return
     told = "; ".join(
         f"from ({text.number(trail.x[0])}, {text.number(trail.y[0])}) "
         f"to ({text.number(trail.x[-1])}, {text.number(trail.y[-1])})"
         for trail in trails
     )
     description = f"Held-out losses of {x} and {y}: {told}."
-    svg = plots.trajectory(name, description, trails, f"{x} loss", f"{y} loss")
-    return figure(f"{x} against {y}", svg)
+    axes = f"{x} loss", f"{y} loss"
+    yield figure(f"{x} against {y}", plots.trajectory(name, description, trails, *axes))
+    late = plots.close_up(trails)
+    if late:
+        description = f"The second half of the evaluations. {description}"
+        svg = plots.trajectory(f"{name}-late", description, late, *axes, with_start=False)
+        yield figure(f"{x} against {y}, close up", svg, "The second half of the evaluations.")
 
 
 def from_to(series: Series) -> str:

@@ -1,7 +1,7 @@
 """The figures of the report.
 
-Before its own arguments, each takes a ``name`` that keeps its ids apart from those of other figures,
-and a ``description`` for those who cannot see it. Each returns SVG for the page.
+Before its own arguments, each takes a ``name`` that keeps its ids apart from those of other
+figures, and a ``description`` for those who cannot see it. Each returns SVG for the page.
 """
 
 from __future__ import annotations
@@ -76,6 +76,11 @@ class Trail:
     slot: int | None
     ideal: tuple[float, float] | None = None
 
+    def second_half(self) -> Trail:
+        """The later half of the evaluations, at least the last."""
+        half = len(self.x) // 2
+        return Trail(self.x[half:], self.y[half:], self.slot, self.ideal)
+
 
 @drawn
 def curves(
@@ -100,7 +105,9 @@ def curves(
 
 
 @drawn
-def trajectory(trails: Sequence[Trail], x_label: str, y_label: str) -> Figure:
+def trajectory(
+    trails: Sequence[Trail], x_label: str, y_label: str, *, with_start: bool = True
+) -> Figure:
     """Paths in the plane of two held-out losses, with their ends and the ideal point."""
     figure, axes = _figure(320.0)
     single = len(trails) == 1
@@ -116,15 +123,16 @@ def trajectory(trails: Sequence[Trail], x_label: str, y_label: str) -> Figure:
             marker="." if few else None,
             markersize=5,
         )
-        axes.plot(
-            trail.x[:1],
-            trail.y[:1],
-            marker=marker,
-            color=colour,
-            markerfacecolor=PAPER,
-            markeredgewidth=1.7,
-            markersize=8,
-        )
+        if with_start:
+            axes.plot(
+                trail.x[:1],
+                trail.y[:1],
+                marker=marker,
+                color=colour,
+                markerfacecolor=PAPER,
+                markeredgewidth=1.7,
+                markersize=8,
+            )
         axes.plot(
             trail.x[-1:],
             trail.y[-1:],
@@ -133,10 +141,10 @@ def trajectory(trails: Sequence[Trail], x_label: str, y_label: str) -> Figure:
             markeredgecolor=PAPER,
             markersize=10,
         )
-        if single:
+        if single and with_start:
             _note(axes, "start", trail.x[0], trail.y[0])
-            if len(trail.x) > 1:
-                _note(axes, "end", trail.x[-1], trail.y[-1])
+        if single and len(trail.x) > 1:
+            _note(axes, "end", trail.x[-1], trail.y[-1])
     ideals = {trail.ideal: trail.slot for trail in trails if trail.ideal}
     for ideal, slot in ideals.items():
         axes.plot(
@@ -153,6 +161,7 @@ def trajectory(trails: Sequence[Trail], x_label: str, y_label: str) -> Figure:
     axes.margins(0.14)
     _label(axes, x_label, y_label)
     axes.xaxis.set_major_locator(MaxNLocator(6))
+    axes.ticklabel_format(useOffset=False)
     return figure
 
 
@@ -254,6 +263,23 @@ def trail(run: Run, x: str, y: str, slot: int | None, points: int = 400) -> Trai
     best = run.optimum(x), run.optimum(y)
     ideal = None if best[0] is None or best[1] is None else (best[0], best[1])
     return Trail(pairs[0, kept], pairs[1, kept], slot, ideal)
+
+
+def close_up(trails: Sequence[Trail]) -> list[Trail] | None:
+    """The second halves, if a figure of the whole would squeeze them; else ``None``.
+
+    They are squeezed if they span, with the ideal points, less than a quarter of either axis.
+    """
+    late = [trail.second_half() for trail in trails]
+    for axis in (0, 1):
+        ideals = [trail.ideal[axis] for trail in trails if trail.ideal]
+        spans = [
+            np.ptp(np.concatenate([ideals, *((trail.x, trail.y)[axis] for trail in drawn)]))
+            for drawn in (late, trails)
+        ]
+        if 0 < spans[0] < spans[1] / 4:
+            return late
+    return None
 
 
 def _figure(height: float) -> tuple[Figure, Axes]:

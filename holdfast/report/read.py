@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,19 @@ def read_run(path: Path) -> Run:
         events=tuple(metrics.events),
         unreadable=unreadable,
     )
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """At least one run, in order.
+
+    Raises
+    ------
+    RunError
+        If there is no path, or for one as in :func:`read_run`.
+    """
+    if not paths:
+        raise RunError("no run was named: name at least one run directory")
+    return [read_run(Path(path)) for path in paths]
 
 
 def _read_facts(path: Path) -> dict[str, Any]:

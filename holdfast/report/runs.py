@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -283,15 +284,17 @@ def all_objectives(runs: Sequence[Run]) -> tuple[str, ...]:
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """A distinct label for each run: its name, else its directory's name, else its path."""
+    """A distinct label for each run: its name, else its directory, as far as they differ."""
+    paths = [run.path.resolve() for run in runs]
+    common = os.path.commonpath([path.parent for path in paths])
     for candidate in (
         [run.name for run in runs],
-        [run.path.resolve().name for run in runs],
-        [str(run.path) for run in runs],
+        [path.name for path in paths],
+        [os.path.relpath(path, common) for path in paths],
     ):
         if len(set(candidate)) == len(runs):
             return candidate
-    return [f"{run.path} ({number})" for number, run in enumerate(runs, start=1)]
+    return [f"{run.name} ({number})" for number, run in enumerate(runs, start=1)]
 
 
 def differences(settings: Sequence[Mapping[str, str]]) -> dict[str, list[str | None]]:
@@ -302,13 +305,13 @@ def differences(settings: Sequence[Mapping[str, str]]) -> dict[str, list[str | N
 
 
 def flattened(tree: Any, prefix: str = "") -> dict[str, str]:
-    """Nested mappings and lists as ``{"a.b.0": "value"}``."""
+    """Nested mappings and lists as ``{"a.b.0": "value"}``; what is null counts as not set."""
     if isinstance(tree, Mapping):
         items = [(str(key), value) for key, value in tree.items()]
     elif isinstance(tree, list):
         items = [(str(index), value) for index, value in enumerate(tree)]
     else:
-        return {prefix: str(tree)}
+        return {} if tree is None else {prefix: str(tree)}
     flat: dict[str, str] = {}
     for key, value in items:
         flat |= flattened(value, f"{prefix}.{key}" if prefix else key)

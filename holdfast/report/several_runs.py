@@ -82,7 +82,7 @@ def _comparison_table(runs: Sequence[Run], names: Sequence[str], objectives: Seq
 
 def _recipe_differences(runs: Sequence[Run], names: Sequence[str]) -> str:
     try:
-        settings = [flattened(yaml.safe_load(run.recipe) or {}) for run in runs]
+        settings = [flattened(yaml.safe_load(run.recipe)) for run in runs]
     except (yaml.YAMLError, ValueError, RecursionError):
         return ""  # A recipe edited by hand into something unreadable is still shown as text.
     found = differences(settings)
@@ -101,9 +101,7 @@ def _recipe_differences(runs: Sequence[Run], names: Sequence[str]) -> str:
 def _trails(runs: Sequence[Run], objectives: Sequence[str]) -> Iterator[str]:
     """All runs in the plane of each two objectives."""
     for (a, x), (b, y) in itertools.combinations(enumerate(objectives), 2):
-        drawn = parts.trajectory(runs, range(len(runs)), x, y, f"compare-space-{a}-{b}")
-        if drawn:
-            yield drawn
+        yield from parts.trajectories(runs, range(len(runs)), x, y, f"compare-space-{a}-{b}")
 
 
 def _measures(

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from holdfast.report import text
-from holdfast.report.read import read_run
+from holdfast.report.read import read_run, read_runs
 from holdfast.report.runs import EMPTY, all_objectives, labels, relative_change
 
 
@@ -52,9 +52,9 @@ def comparison_table(runs: Sequence[Path]) -> Table:
     Raises
     ------
     RunError
-        If one of ``runs`` is not a run directory.
+        If there are no ``runs`` or one is not a run directory.
     """
-    found = [read_run(run) for run in runs]
+    found = read_runs(runs)
     objectives = all_objectives(found)
     table = _table(None, "held-out loss (gap to the optimum) at the last evaluation")
     names = [escape(name) for name in objectives]

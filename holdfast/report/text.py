@@ -18,7 +18,8 @@ def percent(value: float | None, *, signed: bool = False) -> str:
     """A share or a relative change as a percentage."""
     if value is None:
         return MISSING
-    return f"{100 * value:{'+' if signed else ''}.0f} %".replace("-", "−")
+    whole = round(100 * value)
+    return f"{whole:{'+' if signed and whole else ''}d} %".replace("-", "−")
 
 
 def duration(seconds: float | None) -> str:

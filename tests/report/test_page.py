@@ -168,6 +168,16 @@ def test_a_failed_run_says_why(write_run: Callable[..., Path]) -> None:
     assert "Failed: 3 steps were refused" in page.text
 
 
+def test_a_squeezed_end_is_shown_close_up(write_run: Callable[..., Path]) -> None:
+    records = [
+        {"kind": "eval", "step": step, "objectives": {"a": {"loss": loss}, "b": {"loss": 2 * loss}}}
+        for step, loss in enumerate([9.0, 2.0, 1.9, 1.8])
+    ]
+    page = Page(write_report([write_run(records, reason="finished")]))
+    assert page.titles()[:2] == ["a against b", "a against b, close up"]
+    assert "Finished: finished" not in page.text
+
+
 def test_what_comes_from_files_is_escaped(write_run: Callable[..., Path]) -> None:
     evil = '"><script>alert(1)</script><img src=http://x onerror=y>$title'
     terms = {"loss": 1.0, "count": 1, "weight": 1.0, "metrics": {evil: 1.0}}

@@ -151,6 +151,17 @@ def test_trail_takes_the_evaluations_that_both_objectives_share() -> None:
     assert plots.trail(run, "a", "absent", 0) is None
 
 
+def test_a_close_up_is_drawn_only_where_the_end_is_squeezed() -> None:
+    x = np.array([9.0, 2.0, 1.5, 1.4])
+    steep = Trail(x, np.array([8.0, 6.0, 4.0, 2.0]), 0, (1.0, 0.5))
+    late = plots.close_up([steep])
+    assert late is not None
+    assert late[0].x.tolist() == [1.5, 1.4]
+    even = Trail(np.array([8.0, 6.0, 4.0, 2.0]), np.array([8.0, 6.0, 4.0, 2.0]), 0)
+    assert plots.close_up([even]) is None
+    assert plots.close_up([Trail(x[:1], x[:1], 0)]) is None
+
+
 def test_drawing_leaves_the_settings_of_matplotlib_alone() -> None:
     before = dict(matplotlib.rcParams)
     every_figure("name")

@@ -235,12 +235,15 @@ def test_labels_prefer_names_then_folders_then_paths() -> None:
     assert labels([run("s/a", "one"), run("s/b", "two")]) == ["one", "two"]
     assert labels([run("s/a", "one"), run("s/b", "one")]) == ["a", "b"]
     assert labels([run("s/a", "one"), run("t/a", "one")]) == ["s/a", "t/a"]
-    assert labels([run("s/a", "one"), run("s/a", "one")]) == ["s/a (1)", "s/a (2)"]
+    assert labels([run("r/s/a", "one"), run("r/t/a", "one")]) == ["s/a", "t/a"]
+    assert labels([run("s/a", "one"), run("s/a", "one")]) == ["one (1)", "one (2)"]
 
 
 def test_differences_list_only_what_differs() -> None:
     first = flattened({"seed": 0, "schedule": {"kind": "alright", "weights": [0.5, 0.5]}})
-    second = flattened({"seed": 0, "schedule": {"kind": "mix", "weights": [0.5, 0.5]}, "extra": 1})
+    second = flattened(
+        {"seed": 0, "schedule": {"kind": "mix", "weights": [0.5, 0.5]}, "extra": 1, "output": None}
+    )
     assert first["schedule.weights.1"] == "0.5"
     assert differences([first, second]) == {
         "schedule.kind": ["alright", "mix"],

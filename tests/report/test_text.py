@@ -50,6 +50,7 @@ def test_percent_count_and_moment() -> None:
     assert text.percent(0.405) == "40 %"
     assert text.percent(-0.02, signed=True) == "−2 %"
     assert text.percent(0.1, signed=True) == "+10 %"
+    assert text.percent(-0.001, signed=True) == "0 %"
     assert text.count(1234567) == "1\u202f234\u202f567"
     assert text.moment("2026-03-01T12:30:59+00:00") == "2026-03-01 12:30 UTC"
     assert text.moment("yesterday") == "yesterday"
