@@ -110,8 +110,13 @@ def assemble(
         train, probe, held_out = _rows(name, spec, policy, say)
         digests[name] = _digest(weights, *(fingerprint(part) for part in (train, probe, held_out)))
         if isinstance(spec, DpoSpec):
+            reference = policy
+            if spec.reference is not None:
+                reference = load_policy(spec.reference, tokenizer=policy.tokenizer)
+                reference.to(accelerator.device)
+                digests[name] = _digest(digests[name], reference.fingerprint(adapter=False))
             with accelerator.main_process_first():
-                train, probe, held_out = _scored(spec, policy, (train, probe, held_out), say)
+                train, probe, held_out = _scored(reference, (train, probe, held_out), say)
         objectives[name] = Objective(
             name=name,
             loss=_loss(spec, policy),
@@ -271,15 +276,10 @@ def _loss(spec: NllSpec | DpoSpec, policy: LanguagePolicy) -> Any:
 
 
 def _scored(
-    spec: DpoSpec,
-    policy: LanguagePolicy,
+    reference: LanguagePolicy,
     parts: tuple[list[Any], list[Any], list[Any]],
     say: Callable[[str], None],
 ) -> tuple[list[Any], list[Any], list[Any]]:
-    reference = policy
-    if spec.reference is not None:
-        reference = load_policy(spec.reference, tokenizer=policy.tokenizer)
-        reference.to(next(policy.parameters()).device)
     say(f"reference log-probabilities of {sum(map(len, parts))} pairs")
     rows = [row for part in parts for row in part]
     scored = with_reference(rows, reference, cache_folder())

@@ -195,7 +195,9 @@ class LanguagePolicy(nn.Module):
     def enable_gradient_checkpointing(self) -> None:
         """Trade time for memory: recompute activations in the backward pass."""
         base = cast(Any, self.base)
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        # The same under the name that transformers is moving to, and under the one it leaves.
+        enable = getattr(base, "activation_checkpointing_enable", None)
+        (enable or base.gradient_checkpointing_enable)({"use_reentrant": False})
         if isinstance(self.model, peft.PeftModel):
             base.enable_input_require_grads()
 
