@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -301,14 +302,16 @@ def accelerator_for(recipe: Recipe, folder: Path) -> Accelerator:
     """
     wanted = list(recipe.training.report_to)
     try:
-        accelerator = Accelerator(
-            mixed_precision="bf16" if recipe.training.bf16 else "no",
-            log_with=wanted or None,
-            project_dir=str(folder),
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`log_with=")  # said better below
+            accelerator = Accelerator(
+                mixed_precision="bf16" if recipe.training.bf16 else "no",
+                log_with=wanted or None,
+                project_dir=str(folder),
+            )
     except (ValueError, ImportError) as error:
         raise RecipeError(f"training.report_to or training.bf16: {error}") from error
-    # accelerate leaves out a tracker whose package is not installed, and says nothing.
+    # accelerate leaves out a tracker whose package is not installed, and trains without it.
     found = {str(getattr(tracker, "value", tracker)) for tracker in accelerator.log_with}
     absent = [name for name in wanted if name != "all" and name not in found]
     if absent:

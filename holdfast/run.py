@@ -8,6 +8,7 @@ import math
 import shlex
 import shutil
 import sys
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,9 @@ from holdfast.assemble import (
 from holdfast.errors import HoldfastError, RunError
 from holdfast.joint.record import Recorder, machine, peak_memory_bytes, versions, write_json
 from holdfast.recipe import Recipe, load_recipe
+
+TRACKERS = "holdfast"
+"""What trackers call the project; those that write files name a folder of the run after it."""
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -175,7 +179,8 @@ def _failed_before_training(folder: Path) -> bool:
 
 def _clear(folder: Path) -> None:
     """Remove what a run wrote, and only that."""
-    for name in ("checkpoints", "refused", "model", "tokenizer", "tokenizer.partial"):
+    kinds = ("checkpoints", "refused", "model", "tokenizer", "tokenizer.partial", TRACKERS)
+    for name in kinds:
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("run.json", "recipe.yaml", "metrics.jsonl", "report.html"):
         (folder / name).unlink(missing_ok=True)
@@ -305,7 +310,7 @@ def lowest_held_out(folder: Path, name: str) -> float:
 def _start_trackers(recipe: Recipe, accelerator: Accelerator) -> Accelerator | None:
     if not recipe.training.report_to:
         return None
-    accelerator.init_trackers("holdfast", config={"name": recipe.name})
+    accelerator.init_trackers(TRACKERS, config={"name": recipe.name})
     return accelerator
 
 
@@ -323,6 +328,8 @@ def _quieten_libraries() -> None:
     """Their notes and bars would garble the messages and the progress that a person reads."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    # They tell one another which of their names are on the way out.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|accelerate")
 
 
 def _parameters(assembly: Assembly) -> dict[str, int]:

@@ -183,6 +183,27 @@ def test_a_batch_cut_in_parts_has_the_same_total_count_and_metrics(kind, policy)
             assert_close(together, value.double(), rtol=1e-4, atol=1e-4)
 
 
+def test_rows_of_unlike_length_are_evaluated_as_they_are_trained(policy):
+    """Evaluation on a CPU may cut a batch by length to save padding."""
+    draw = np.random.default_rng(5)
+    lengths = [3, 400, 5, 390, 150, 4, 160]
+    rows = [Demonstration(tokens(draw, 2, n), f"rows:{n}") for n in lengths]
+    together = Nll(policy.pad_id, "sequence-mean")(policy, rows)
+    with torch.no_grad():
+        apart = Nll(policy.pad_id, "sequence-mean")(policy, rows)
+        scored = score(policy, [row.tokens for row in rows], policy.pad_id, True)
+    assert_close(apart.total, together.total.detach(), rtol=1e-5, atol=1e-5)
+    assert_close(apart.metrics, dict(together.metrics), rtol=1e-4, atol=1e-4)
+    assert scored.mask.sum(-1).tolist() == lengths
+    for index, row in enumerate(rows):
+        alone = score(policy, [row.tokens], policy.pad_id, True)
+        count = row.length - 1
+        for field in ("logps", "entropy", "correct", "mask"):
+            ours, theirs = getattr(scored, field)[index], getattr(alone, field)[0]
+            assert_close(ours[:count].double(), theirs.double(), rtol=1e-4, atol=1e-4)
+            assert not ours[count:].any()
+
+
 def test_the_token_that_pads_changes_nothing(policy):
     rows = preferences()
     totals = [Dpo(pad)(policy, rows).total for pad in (policy.pad_id, 0, 65)]

@@ -162,7 +162,7 @@ def test_values_do_not_depend_on_how_many_rows_share_a_pass(tokens_at_once, tmp_
     found = with_reference(rows, policy, tmp_path / "found", tokens_at_once=tokens_at_once)
     assert np.allclose(values(found), reference, rtol=0, atol=1e-4)
     for batch, time in counted:  # Two sequences a row; one row must always fit.
-        assert batch * time <= tokens_at_once or batch == 2
+        assert batch * time <= tokens_at_once or batch <= 2
     assert sum(batch for batch, _ in counted) == 2 * len(rows)
 
 
