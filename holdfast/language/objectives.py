@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -78,16 +79,18 @@ class Dpo:
             device=device,
         )
         logps = scored.logps.sum(-1)
-        if self.variant == "ipo":
-            lengths = scored.mask.sum(-1).clamp(min=1)
-            logps, reference = logps / lengths, reference / lengths
-        chosen, rejected = logps.chunk(2)
-        reference_chosen, reference_rejected = reference.chunk(2)
+        if self.variant != "ipo":
+            return self._loss(logps, reference)
+        lengths = scored.mask.sum(-1).clamp(min=1)
+        terms = self._loss(logps / lengths, reference / lengths)
+        # Rewards and log-probabilities are told of whole completions, whatever the loss.
+        return replace(terms, metrics=self._loss(logps.detach(), reference).metrics)
+
+    def _loss(self, logps: Tensor, reference: Tensor) -> LossTerms:
+        """Of the chosen sides, (pairs,), followed by the rejected ones, (pairs,)."""
         return dpo(
-            chosen,
-            rejected,
-            reference_chosen,
-            reference_rejected,
+            *logps.chunk(2),
+            *reference.chunk(2),
             beta=self.beta,
             variant=self.variant,
             label_smoothing=self.label_smoothing,

@@ -1,13 +1,17 @@
 """The losses of a recipe, from rows to loss terms, against dense logits in transformers."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn.functional import logsigmoid
 from torch.testing import assert_close
 
+from holdfast.language import objectives
 from holdfast.language.data import Demonstration, Encoded, Preference
 from holdfast.language.model import load_policy
 from holdfast.language.objectives import Dpo, Nll, score, sequence_logps
@@ -112,6 +116,7 @@ def expected_dpo(policy, rows, beta: float, variant: str, smoothing: float):
             chosen.sum() - row.reference_chosen_logps,
             rejected.sum() - row.reference_rejected_logps,
         )
+        rewards.append((beta * ratios[0].item(), beta * ratios[1].item()))
         if variant == "ipo":
             ratios = ratios[0] / len(chosen), ratios[1] / len(rejected)
         delta = ratios[0] - ratios[1]
@@ -123,7 +128,6 @@ def expected_dpo(policy, rows, beta: float, variant: str, smoothing: float):
                 "hinge": (1 - beta * delta).clamp(min=0),
             }[variant]
         )
-        rewards.append((beta * ratios[0].item(), beta * ratios[1].item()))
     return torch.stack(losses), rewards
 
 
@@ -218,3 +222,33 @@ def test_sequences_are_scored_by_the_sum_over_their_counted_tokens(policy):
     )
     scored = score(policy, rows, policy.pad_id, False)
     assert scored.mask.sum(-1).tolist() == [int(row.counted[1:].sum()) for row in rows]
+
+
+@pytest.mark.parametrize("worth_a_pass", [0, 3, 20, 1000])
+@pytest.mark.parametrize("statistics", [False, True])
+def test_evaluation_does_not_depend_on_which_rows_are_evaluated_together(
+    statistics, worth_a_pass, policy, monkeypatch
+):
+    rows = [row.tokens for row in demonstrations(9)]
+    trained = score(policy, rows, policy.pad_id, statistics)
+    monkeypatch.setattr(objectives, "_PADDING_WORTH_A_PASS", worth_a_pass)
+    with torch.no_grad():
+        evaluated = score(policy, rows, policy.pad_id, statistics)
+    assert (evaluated.entropy is not None) == statistics
+    for name in ("logps", "mask", *(("entropy", "correct") if statistics else ())):
+        assert_close(
+            getattr(evaluated, name), getattr(trained, name).detach(), rtol=1e-5, atol=1e-5
+        )
+
+
+@given(st.lists(st.integers(1, 2000), max_size=40))
+def test_rows_evaluated_together_are_padded_by_no_more_than_a_pass_is_worth(lengths):
+    groups = objectives._alike(lengths)
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+    for group in groups:
+        longest = max((lengths[index] for index in group), default=0)
+        padding = sum(longest - lengths[index] for index in group)
+        assert padding <= objectives._PADDING_WORTH_A_PASS
+    for shorter, longer in pairwise(groups):
+        together = sum(lengths[longer[0]] - lengths[index] for index in shorter)
+        assert together > objectives._PADDING_WORTH_A_PASS
