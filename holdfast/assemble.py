@@ -6,7 +6,7 @@ import hashlib
 import os
 import random
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from holdfast.language.data import (
     read_rows,
     split_rows,
 )
+from holdfast.language.data import texts as texts_of
 from holdfast.language.model import PRESETS, LanguagePolicy, load_policy, load_tokenizer
 from holdfast.language.objectives import Dpo, Nll
 from holdfast.language.reference import with_reference
@@ -212,26 +213,14 @@ def _tokenizer(spec: LanguagePolicySpec, saved: Path | None) -> Any:
     if chosen.kind == "pretrained":
         return load_tokenizer(str(chosen.name_or_path))
     if chosen.kind == "bpe":
-        texts = [
+        corpus = [
             text
             for file in chosen.files
             for row in read_rows(file, base=Path())
-            for text in _texts(row.values)
+            for text in texts_of(row)
         ]
-        return train_bpe(texts, chosen.vocab_size)
+        return train_bpe(corpus, chosen.vocab_size)
     return build_tokenizer()
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every piece of text in a row, whatever its columns."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from _texts(entry)
-    elif isinstance(value, list | tuple):
-        for entry in value:
-            yield from _texts(entry)
 
 
 def _rows(
@@ -240,8 +229,8 @@ def _rows(
     data = spec.data
     load = load_preferences if isinstance(spec, DpoSpec) else load_demonstrations
 
-    def encoded(path: str) -> list[Any]:
-        raw = read_rows(path, base=Path(), split=data.split)
+    def encoded(path: str, split: str) -> list[Any]:
+        raw = read_rows(path, base=Path(), split=split)
         rows, dropped = load(
             raw, policy.tokenizer, max_length=data.max_length, bad_rows=data.bad_rows
         )
@@ -249,17 +238,21 @@ def _rows(
             say(f"{name}: dropped {count} of {len(raw)} rows of {path} ({reason})")
         return list(rows)
 
-    rows = encoded(data.path)
+    rows = encoded(data.path, data.split)
     if data.max_rows is not None and len(rows) > data.max_rows:
         # A random part: files are often sorted.
         rows = random.Random(SPLIT_SEED).sample(rows, data.max_rows)
     try:
         if data.held_out_path is None:
             return split_rows(rows, held_out=data.held_out, probe=data.probe, seed=SPLIT_SEED)
-        train, probe, _ = split_rows(rows, held_out=0, probe=data.probe, seed=SPLIT_SEED)
-        held_out = encoded(data.held_out_path)
+        held_out = encoded(data.held_out_path, data.held_out_split)
         if 0 < data.held_out < len(held_out):
             held_out = random.Random(SPLIT_SEED).sample(held_out, data.held_out)
+        prompts = {row.group for row in held_out if row.group}
+        unseen = [row for row in rows if row.group not in prompts]
+        if len(unseen) < len(rows):
+            say(f"{name}: left out {len(rows) - len(unseen)} training rows with held-out prompts")
+        train, probe, _ = split_rows(unseen, held_out=0, probe=data.probe, seed=SPLIT_SEED)
         return train, probe, held_out
     except DataError as error:
         raise DataError(f"objectives.{name}.data: {error}") from error

@@ -113,6 +113,7 @@ class DataSpec(Spec):
     held_out: int = Field(128, ge=0, description="rows for evaluation, never trained on")
     held_out_path: str | None = Field(None, description="a file of its own for these rows")
     probe: int = Field(32, ge=0, description="rows on which a schedule's gap is evaluated")
+    held_out_split: str = Field("train", description="of a hub data set in held_out_path")
     max_rows: int | None = Field(None, ge=1, description="use only this many rows of the file")
     max_length: int = Field(1024, ge=2, description="tokens a row may have")
     bad_rows: Literal["error", "drop"] = Field(

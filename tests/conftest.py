@@ -3,6 +3,11 @@
 import os
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes depends on the machine; no test may.
+settings.register_profile("steady", deadline=None)
+settings.load_profile("steady")
 
 # Read when the libraries are imported, so they are set before any test is.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -313,9 +313,7 @@ def draw(summary: Mapping[str, Any], share: float, path: Path) -> None:
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = panels[1].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=7, fontsize=9, frameon=False
-    )
+    figure.legend(handles, labels, loc="outside lower center", ncols=7, fontsize=9, frameon=False)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -1,0 +1,69 @@
+"""What a recipe is built into: which rows train, and which never do."""
+
+import pytest
+from accelerate import Accelerator
+from helpers.tiny import demonstrations, write_recipe, write_rows
+
+from holdfast.assemble import assemble
+from holdfast.recipe import load_recipe
+
+
+def assembled(recipe, *overrides, said=None):
+    loaded = load_recipe(str(recipe), overrides)
+    say = said.append if said is not None else lambda text: None
+    return assemble(loaded, Accelerator(cpu=True), say=say)
+
+
+def origins(rows):
+    return {row.origin for row in rows}
+
+
+def parts(assembly, name):
+    objective = assembly.objectives[name]
+    return tuple(origins(r) for r in (objective.source.rows, objective.probe, objective.held_out))
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo"])
+def test_training_probe_and_held_out_rows_are_apart_and_do_not_depend_on_the_seed(tmp_path, name):
+    recipe = write_recipe(tmp_path)
+    train, probe, held_out = parts(assembled(recipe), name)
+    assert len(held_out) == 9 and len(probe) == 4
+    assert not (train & probe or train & held_out or probe & held_out)
+    assert parts(assembled(recipe, "training.seed=7"), name) == (train, probe, held_out)
+
+
+def test_prompts_of_a_held_out_file_are_never_trained_on(tmp_path):
+    recipe = write_recipe(tmp_path)
+    write_rows(tmp_path / "test.jsonl", demonstrations(5))
+    said = []
+    assembly = assembled(recipe, "objectives.sft.data.held_out_path=test.jsonl", said=said)
+    train, probe, held_out = parts(assembly, "sft")
+    assert len(held_out) == 5 and len(train | probe) == 48 - 5
+    # The held-out file repeats the first five rows of the training file.
+    forbidden = {str(tmp_path / "sft.jsonl") + f":{line}" for line in range(1, 6)}
+    assert not forbidden & (train | probe)
+    assert "sft: left out 5 training rows with held-out prompts" in said
+
+
+def test_max_rows_takes_a_part_that_is_not_the_start_of_the_file(tmp_path):
+    assembly = assembled(write_recipe(tmp_path), "objectives.sft.data.max_rows=20")
+    train, probe, held_out = parts(assembly, "sft")
+    lines = sorted(int(origin.rsplit(":", 1)[1]) for origin in train | probe | held_out)
+    assert len(lines) == 20 and lines != list(range(1, 21))
+
+
+def test_optimum_keys_depend_on_everything_but_the_schedule(tmp_path):
+    recipe = write_recipe(tmp_path)
+    keys = assembled(recipe).keys
+    assert assembled(recipe, "schedule.weights={sft: 0.9, dpo: 0.1}").keys == keys
+    assert assembled(recipe, "schedule={kind: alright, weights: {sft: 1, dpo: 0}}").keys == keys
+    # Another objective's options do not touch this one's optimum.
+    other = assembled(recipe, "objectives.dpo.beta=0.5").keys
+    assert other["sft"] == keys["sft"] and other["dpo"] != keys["dpo"]
+    for change in ("training.learning_rate=0.1", "training.max_steps=9", "training.seed=3"):
+        changed = assembled(recipe, change).keys
+        assert changed["sft"] != keys["sft"] and changed["dpo"] != keys["dpo"]
+    rows = demonstrations(48)
+    rows[0]["completion"] = " another"
+    write_rows(tmp_path / "sft.jsonl", rows)
+    assert assembled(recipe).keys["sft"] != keys["sft"]
