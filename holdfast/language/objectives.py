@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from holdfast.joint.objective import LossTerms
 from holdfast.language.data import Demonstration, Encoded, Preference, collate
@@ -100,15 +101,64 @@ class Dpo:
 def score(
     policy: nn.Module, rows: Sequence[Encoded], pad_id: int, statistics: bool
 ) -> TokenStatistics:
-    """Log-probabilities of the counted tokens of ``rows``, (batch, time - 1)."""
+    """Log-probabilities of the counted tokens of ``rows``, (batch, time - 1).
+
+    On a CPU padding costs as much as tokens do: there, rows of unlike length are evaluated apart.
+    In training they stay together, since a data-parallel wrapper expects one forward pass a loss.
+    """
     device = next(policy.parameters()).device
-    input_ids, labels = collate(rows, pad_id)
-    scored: TokenStatistics = policy(
-        input_ids.to(device, non_blocking=True),
-        labels.to(device, non_blocking=True),
-        statistics=statistics,
+    together = torch.is_grad_enabled() or device.type != "cpu"
+    groups = [range(len(rows))] if together else _alike([row.length for row in rows])
+    parts: list[TokenStatistics] = []
+    for group in groups:
+        input_ids, labels = collate([rows[index] for index in group], pad_id)
+        parts.append(
+            policy(
+                input_ids.to(device, non_blocking=True),
+                labels.to(device, non_blocking=True),
+                statistics=statistics,
+            )
+        )
+    return parts[0] if together else _joined(parts, groups)
+
+
+_PADDING_WORTH_A_PASS = 512
+"""Padded tokens that take a tiny model on a CPU about as long as starting one more pass."""
+
+
+def _alike(lengths: Sequence[int]) -> Sequence[Sequence[int]]:
+    """Indices from short to long, in groups that waste little on padding. At least one group."""
+    groups: list[list[int]] = [[]]
+    padding = longest = 0
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        # All that are in the group already would be padded up to this one.
+        padding += (lengths[index] - longest) * len(groups[-1])
+        if padding > _PADDING_WORTH_A_PASS:
+            groups.append([])
+            padding = 0
+        groups[-1].append(index)
+        longest = lengths[index]
+    return groups
+
+
+def _joined(parts: Sequence[TokenStatistics], groups: Sequence[Sequence[int]]) -> TokenStatistics:
+    """The parts as one batch, its rows back in their places."""
+    width = max(part.mask.shape[1] for part in parts)
+    places = torch.tensor([index for group in groups for index in group]).argsort()
+
+    def join(values: Sequence[Tensor]) -> Tensor:
+        return torch.cat([pad(value, (0, width - value.shape[1])) for value in values])[places]
+
+    def join_if_there(values: Sequence[Tensor | None]) -> Tensor | None:
+        present = [value for value in values if value is not None]
+        return join(present) if present else None
+
+    return TokenStatistics(
+        logps=join([part.logps for part in parts]),
+        mask=join([part.mask for part in parts]),
+        entropy=join_if_there([part.entropy for part in parts]),
+        correct=join_if_there([part.correct for part in parts]),
     )
-    return scored
 
 
 def sequence_logps(policy: nn.Module, rows: Sequence[Encoded], pad_id: int) -> Tensor:
