@@ -19,7 +19,7 @@ from holdfast.errors import RecipeError, RunError, TrainingError
 from holdfast.joint.trainer import Trainer
 from holdfast.language.model import load_policy
 from holdfast.language.tokenizers import build_tokenizer
-from holdfast.recipe import load_recipe
+from holdfast.recipe import load_recipe, shipped_recipes
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48}
 
@@ -111,16 +111,32 @@ def test_a_run_directory_holds_all_that_its_readers_expect(tmp_path):
         assert torch.equal(parameter, checkpoint[name])
 
 
-def test_a_shipped_recipe_trains_from_any_folder(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_train_from_any_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     overrides = ["training.max_steps=2", "objectives.sft.optimum=1", "objectives.dpo.optimum=0.1"]
-    run = runs.train(load_recipe("quickstart", overrides))
-    assert run == Path("runs/quickstart") and (tmp_path / run / "run.json").is_file()
+    run = runs.train(load_recipe(name, overrides))
+    assert run == Path("runs") / name and (tmp_path / run / "run.json").is_file()
     assert described(run)["optima"] == {"sft": 1.0, "dpo": 0.1}
-    (first, second) = lines(run, "train")
-    gaps = first["gaps"]
-    assert list(first["objectives"]) == [max(gaps, key=gaps.get)] and len(gaps) == 2
-    assert second["step"] == 2
+    first, second = lines(run, "train")
+    assert (first["step"], second["step"]) == (1, 2)
+
+
+def test_maxright_updates_the_objective_with_the_larger_recorded_gap(tmp_path):
+    run = trained(
+        tmp_path,
+        objectives__sft__optimum=1.0,
+        objectives__dpo__optimum=0.1,
+        schedule={"kind": "maxright", "weights": {"sft": 0.2, "dpo": 0.8}, "evaluate_every": 3},
+    )
+    train = lines(run, "train")
+    assert {tuple(sorted(line["gaps"])) for line in train} == {("dpo", "sft")}
+    first = train[0]["objectives"]
+    probed = 0.8 * (0.6931 - 0.1)  # the other gap is still as it was evaluated
+    assert list(first) == ["sft"] and train[0]["gaps"]["dpo"] == pytest.approx(probed, abs=1e-3)
+    loss = first["sft"]["loss"]
+    assert train[0]["gaps"]["sft"] == pytest.approx(0.2 * (loss - 1.0)), "its own, refreshed"
+    assert first["sft"]["weight"] == 1.0
 
 
 def test_held_out_rows_are_never_trained_on(tmp_path, monkeypatch):
