@@ -152,6 +152,19 @@ def test_a_family_that_cannot_be_followed_is_refused_by_name(name, options, reas
     assert repr(model.config.model_type) in message and "model family" in message
 
 
+def test_a_model_that_looks_ahead_is_refused_since_padding_would_reach_its_tokens(tokenizer):
+    model = of_family("Qwen2Config")
+
+    def looks_ahead(module, arguments, output):
+        output.last_hidden_state = output.last_hidden_state + output.last_hidden_state.mean(1, True)
+        return output
+
+    LanguagePolicy(model, tokenizer)
+    model.get_decoder().register_forward_hook(looks_ahead)
+    with pytest.raises(ModelError, match="not causal"):
+        LanguagePolicy(model, tokenizer)
+
+
 @pytest.mark.parametrize("name", ["tiny-qwen2", "tiny-gemma2"])
 def test_padding_on_the_right_without_a_mask_changes_no_token(name, build):
     policy = build(name).eval()
