@@ -17,7 +17,7 @@ from holdfast import run as runs
 from holdfast.assemble import accelerator_for, alone, assemble
 from holdfast.errors import RecipeError, RunError, TrainingError
 from holdfast.joint.trainer import Trainer
-from holdfast.language.model import load_policy
+from holdfast.language.model import LanguagePolicy, load_policy
 from holdfast.language.tokenizers import build_tokenizer
 from holdfast.recipe import load_recipe, shipped_recipes
 
@@ -197,6 +197,24 @@ def test_how_a_step_is_computed_does_not_change_what_is_learnt(changes, tmp_path
     assert min(moved) > 1e-3, "with weights that had not moved nothing would be compared"
 
 
+def test_no_forward_pass_takes_more_rows_than_a_micro_batch(tmp_path, monkeypatch):
+    sizes = []
+    forward = LanguagePolicy.forward
+
+    def noted(self, input_ids, *rest, **options):
+        sizes.append((self.training, input_ids.shape[0]))
+        return forward(self, input_ids, *rest, **options)
+
+    monkeypatch.setattr(LanguagePolicy, "forward", noted)
+    trained(
+        tmp_path,
+        objectives__sft__micro_batch_size=4,
+        objectives__dpo__micro_batch_size=1,
+        training__max_steps=1,
+    )
+    assert [size for training, size in sizes if training] == [4, 2, 2, 2, 2, 2], "6 rows, 4 pairs"
+
+
 def test_training_in_bfloat16_learns_on_a_cpu(tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
@@ -231,6 +249,21 @@ def test_a_stopped_run_ends_as_if_it_never_was(step, tmp_path):
     assert described(cut)["status"] == "finished"
     assert without_times(cut) == without_times(whole)
     assert close(weights(cut), weights(whole), atol=0)
+
+
+def test_a_run_is_resumed_with_the_threads_it_began_with(tmp_path, monkeypatch):
+    """How a sum is split over threads decides its last bits."""
+    with stopped_at(1):
+        trained(tmp_path)
+    path = tmp_path / "run" / "run.json"
+    facts = described(tmp_path / "run")
+    assert facts["machine"]["threads"] == torch.get_num_threads()
+    facts["machine"]["threads"] = 17
+    path.write_text(json.dumps(facts))
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    runs.resume(tmp_path / "run")
+    assert asked == [17]
 
 
 def test_one_signal_ends_a_run_after_the_step_with_a_checkpoint(tmp_path, monkeypatch):
@@ -536,13 +569,22 @@ def test_numbers_given_by_hand_are_not_searched_for(tmp_path, fresh_cache, train
     assert trainings == [("dpo",)]
 
 
-@pytest.mark.parametrize("losses", [[], ["nan", "inf"]])
-def test_an_optimum_that_was_never_finite_is_an_error(losses, tmp_path):
-    text = [
-        json.dumps({"kind": "eval", "step": n, "objectives": {"sft": {"loss": loss}}})
+def write_evaluations(folder: Path, losses: list) -> None:
+    evaluations = [
+        {"kind": "eval", "step": n, "objectives": {"sft": {"loss": loss}}}
         for n, loss in enumerate(losses)
     ]
-    (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in text))
+    write_rows(folder / "metrics.jsonl", [{"kind": "train", "objectives": {}}, *evaluations])
+
+
+def test_an_optimum_need_not_be_the_last_loss(tmp_path):
+    write_evaluations(tmp_path, [2.0, 1.0, 1.5, "nan"])
+    assert runs.lowest_held_out(tmp_path, "sft") == 1.0
+
+
+@pytest.mark.parametrize("losses", [[], ["nan", "inf"]])
+def test_an_optimum_that_was_never_finite_is_an_error(losses, tmp_path):
+    write_evaluations(tmp_path, losses)
     with pytest.raises(RunError, match="sft was never evaluated to a finite loss"):
         runs.lowest_held_out(tmp_path, "sft")
 
