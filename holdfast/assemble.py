@@ -117,7 +117,7 @@ def assemble(
                 reference = load_policy(spec.reference, tokenizer=policy.tokenizer)
                 reference.to(accelerator.device)
                 digests[name] = _digest(digests[name], reference.fingerprint(adapter=False))
-            with accelerator.main_process_first():
+            with accelerator.main_process_first(), accelerator.autocast():
                 train, probe, held_out = _scored(reference, (train, probe, held_out), say)
         objectives[name] = Objective(
             name=name,

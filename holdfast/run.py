@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import math
@@ -244,7 +245,13 @@ def _execute(
             known = json.loads((folder / "run.json").read_text("utf-8"))
             status = "stopped" if isinstance(error, KeyboardInterrupt) else "failed"
             reason = str(error) if isinstance(error, HoldfastError) else repr(error)
-            write_json(folder / "run.json", {**known, "status": status, "reason": reason})
+            with contextlib.suppress(OSError):
+                write_json(folder / "run.json", {**known, "status": status, "reason": reason})
+        if isinstance(error, OSError):
+            raise RunError(
+                f"the run in {folder} failed: {error}. Check space and rights there and in the "
+                f"cache {cache_folder()}, then run 'holdfast resume {folder}'."
+            ) from error
         raise
     finally:
         if recorder is not None:
@@ -280,6 +287,12 @@ def _optimum(recipe: Recipe, name: str, key: str, console: Console | None) -> fl
         _claim(folder / "run", solo, overwrite=False)
     accelerator.wait_for_everyone()
     run = _execute(solo, folder / "run", accelerator, resume=started, console=console)
+    described = json.loads((run / "run.json").read_text("utf-8"))
+    if described["status"] != "finished":
+        raise RunError(
+            f"the optimum of {name} is not found yet: {described['reason']}. The same command goes "
+            "on where it stopped."
+        )
     value = lowest_held_out(run, name)
     if accelerator.is_main_process:
         write_json(cached, {"objective": name, "optimum": value})

@@ -1,7 +1,9 @@
 """Runs: what is written, what is trained once only, and what a run never overwrites."""
 
 import contextlib
+import errno
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -225,6 +227,8 @@ def test_training_in_bfloat16_learns_on_a_cpu(tmp_path):
     first, last = lines(run, "eval")[0]["objectives"], lines(run, "eval")[-1]["objectives"]
     assert last["sft"]["loss"] < first["sft"]["loss"] - 0.1
     assert {tensor.dtype for tensor in weights(run).values()} == {torch.float32}
+    # Policy and reference are the same model and evaluated alike, so DPO starts at log 2.
+    assert first["dpo"]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     expected = lines(exact, "eval")[-1]["objectives"]
     assert last["sft"]["loss"] == pytest.approx(expected["sft"]["loss"], abs=0.1)
     assert last["sft"]["loss"] != expected["sft"]["loss"], "it was computed in bfloat16"
@@ -625,3 +629,22 @@ def test_a_tracker_that_is_not_installed_is_refused(tmp_path, monkeypatch):
     with pytest.raises(RecipeError, match="training.report_to: wandb is not installed"):
         trained(tmp_path, training__report_to=["wandb"])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_refuses_the_model_is_one_message(tmp_path, monkeypatch):
+    def full(self, folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(LanguagePolicy, "save_pretrained", full)
+    with pytest.raises(RunError, match="No space left.*holdfast resume"):
+        trained(tmp_path, training__max_steps=1)
+    assert described(tmp_path / "run")["status"] == "failed"
+
+
+def test_an_interrupted_search_for_an_optimum_is_not_taken_for_one(tmp_path, fresh_cache):
+    recipe = load_recipe(str(write_recipe(tmp_path, objectives__sft__optimum="auto")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_agree_on_interrupt", lambda self: signal.SIGTERM)
+        with pytest.raises(RunError, match="not found yet: interrupted by SIGTERM"):
+            runs.find_optima(recipe)
+    assert set(runs.find_optima(recipe)) == {"sft", "dpo"}

@@ -22,6 +22,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from holdfast.joint.objective import Row
 
@@ -93,7 +94,8 @@ class Recorder:
         """Record something that a person should see."""
         self.write("event", step, event=event, detail=detail)
         if self.console is not None:
-            self.console.print(f"[bold]step {step}[/bold] {event}: {detail}", highlight=False)
+            text = Text.assemble((f"step {step}", "bold"), f" {event}: {detail}")
+            self.console.print(text, soft_wrap=True)
 
     def save_refused(self, step: int, name: str, rows: Sequence[Row]) -> Path:
         """Keep the batch of a refused step beside the run."""

@@ -214,7 +214,8 @@ class Maxright:
             for name in self.weights:
                 self._refresh(name, probe(name))
         self.step += 1
-        gaps = self.gaps
+        # Where no loss was finite yet, all gaps count as equal.
+        gaps = self.gaps or dict.fromkeys(self.weights, 0.0)
         # Largest gap first; equal gaps go to the name that sorts first.
         chosen = min(gaps, key=lambda name: (-gaps[name], name))
         return Turn({chosen: 1.0})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -92,6 +93,7 @@ class _Progress:
     refusals: int = 0
     seconds: float = 0.0
     best: dict[str, float] = field(default_factory=dict)
+    evaluated_at: int = -1
     evaluations_without_improvement: int = 0
 
 
@@ -192,8 +194,9 @@ class Trainer:
         """
         with _Signals(self):
             if self.step == 0:
-                self._evaluate_and_record()
-            reason = None
+                self._evaluate_once()
+            # A run that ended here, but was killed before it could say so, ends here again.
+            reason = self._out_of_patience()
             while reason is None:
                 reason = self._advance()
         return reason
@@ -202,15 +205,13 @@ class Trainer:
         if self.step >= self.options.max_steps:
             return "finished"
         if not self.train_step():
-            self._evaluate_and_record()
+            self._evaluate_once()
             self.save()
             return "the schedule has no more turns"
-        reason = None
         last = self.step >= self.options.max_steps
-        if (last or self.step % self.options.eval_steps == 0) and self._evaluate_and_record():
-            reason = (
-                f"no held-out loss improved in {self.options.early_stopping_patience} evaluations"
-            )
+        if last or self.step % self.options.eval_steps == 0:
+            self._evaluate_once()
+        reason = self._out_of_patience()
         interrupted = self._agree_on_interrupt()
         if interrupted:
             reason = f"interrupted by {signal.Signals(interrupted).name}"
@@ -257,7 +258,11 @@ class Trainer:
                 self.schedule.observe(name, summary.loss)
         self._optimizer.zero_grad(set_to_none=True)
         learning_rate = self._lr.get_last_lr()[0]
-        self._lr.step()
+        with warnings.catch_warnings():
+            # torch takes a rate that moves before the first update for a mistake; after a refused
+            # step it is none.
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self._lr.step()
         self._progress.step += 1
         self._progress.seconds += time.perf_counter() - started
         if self.recorder is not None:
@@ -352,16 +357,19 @@ class Trainer:
             self._probed[name] = self.evaluate(objective, objective.probe).loss
         return self._probed[name]
 
-    def _evaluate_and_record(self) -> bool:
-        """Evaluate on held-out rows. ``True``: patience has run out."""
+    def _evaluate_once(self) -> None:
+        """Evaluate on held-out rows, unless a resumed run already did at this step."""
+        progress = self._progress
+        if progress.evaluated_at == self.step:
+            return
+        progress.evaluated_at = self.step
         summaries = {
             name: self.evaluate(objective, objective.held_out)
             for name, objective in self.objectives.items()
             if objective.held_out
         }
         if not summaries:
-            return False
-        progress = self._progress
+            return
         improved = False
         for name, summary in summaries.items():
             best = progress.best.get(name, math.inf)
@@ -378,8 +386,12 @@ class Trainer:
                 objectives={name: summary.as_record() for name, summary in summaries.items()},
                 seconds=progress.seconds,
             )
+
+    def _out_of_patience(self) -> str | None:
         patience = self.options.early_stopping_patience
-        return patience is not None and progress.evaluations_without_improvement >= patience
+        if patience is None or self._progress.evaluations_without_improvement < patience:
+            return None
+        return f"no held-out loss improved in {patience} evaluations"
 
     def _mean(self, sums: _Sums) -> Summary:
         """Means over all ranks."""

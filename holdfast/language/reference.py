@@ -8,6 +8,7 @@ stays in memory.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -52,13 +53,15 @@ def with_reference(
     if not rows:
         return []
     known = policy.fingerprint(adapter=False)
-    key = hashlib.sha256(f"{known} {fingerprint(rows)}".encode()).hexdigest()
+    device = next(policy.parameters()).device.type
+    precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else "own"
+    key = hashlib.sha256(f"{known} {fingerprint(rows)} {precision}".encode()).hexdigest()
     path = cache / "reference" / f"{key}.safetensors"
     logps = _read(path, len(rows))
     if logps is None:
         logps = _score(rows, policy, tokens_at_once, progress)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{hashlib.sha256(str(id(rows)).encode()).hexdigest()[:8]}")
+        partial = path.with_suffix(f".{os.getpid()}")
         save_file({"logps": logps}, partial)
         partial.replace(path)
     chosen, rejected = logps.tolist()

@@ -199,3 +199,10 @@ def test_maxright_refuses_bad_options(change, message):
 def test_stages_that_make_no_sense_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_maxright_survives_losses_that_are_not_finite_from_the_start():
+    schedule = Maxright({"b": 0.5, "a": 0.5}, {"a": 0.0, "b": 0.0}, 2)
+    assert schedule.next(lambda name: math.nan).weights == {"a": 1.0}
+    schedule.observe("a", 1.0)
+    assert schedule.gaps == {"a": 0.5}

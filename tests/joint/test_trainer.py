@@ -207,7 +207,7 @@ def test_a_resumed_run_is_the_same_run_bit_for_bit(tmp_path, name, stop):
     whole.train()
 
     first = trainer(SCHEDULES[name](), folder=tmp_path / "cut", **options)
-    first._evaluate_and_record()
+    first._evaluate_once()
     while first.step < stop:
         first._advance()
     # The process dies here: what came after the last checkpoint, at step 5, 10 or 15, is lost.
@@ -330,3 +330,24 @@ def test_a_gap_without_probe_rows_is_refused():
     schedule = Maxright({"a": 0.5, "b": 0.5}, {"a": 0.0, "b": 0.0})
     with pytest.raises(ValueError, match="'b' has no probe rows"):
         trainer(schedule, objectives=objectives).train_step()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options"),
+    [
+        (lambda: Sequential([("a", 3)]), {}),
+        (
+            lambda: Mix({"a": 0.5, "b": 0.5}),
+            {"eval_steps": 1, "learning_rate": 1e-12, "early_stopping_patience": 2}
+            | {"early_stopping_threshold": 1e-3},
+        ),
+    ],
+)
+def test_a_run_killed_after_its_last_checkpoint_ends_there_again(tmp_path, schedule, options):
+    first = trainer(schedule(), folder=tmp_path, max_steps=50, **options)
+    reason = first.train()
+    before = lines(tmp_path)
+    second = trainer(schedule(), folder=tmp_path, max_steps=50, **options)
+    second.resume()
+    assert (second.train(), second.step) == (reason, first.step)
+    assert [line for line in lines(tmp_path) if line["kind"] != "event"] == before
