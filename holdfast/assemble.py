@@ -109,6 +109,11 @@ def assemble(
     objectives: dict[str, Objective] = {}
     digests: dict[str, str] = {}
     for name, spec in recipe.objectives.items():
+        if spec.batch_size < accelerator.num_processes:
+            raise RecipeError(
+                f"objectives.{name}.batch_size is {spec.batch_size}, but there are "
+                f"{accelerator.num_processes} processes: each needs at least one row of a batch"
+            )
         train, probe, held_out = _rows(name, spec, policy, say)
         digests[name] = _digest(weights, *(fingerprint(part) for part in (train, probe, held_out)))
         if isinstance(spec, DpoSpec):

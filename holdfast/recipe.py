@@ -93,7 +93,7 @@ class LanguagePolicySpec(Spec):
     kind: Literal["language"] = "language"
     model_name_or_path: str = Field(description="a preset, a model directory or a hub id")
     revision: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     attn_implementation: str | None = None
     config: dict[str, Any] = Field({}, description="entries of a preset's configuration to replace")
     tokenizer: TokenizerSpec | None = Field(
@@ -233,7 +233,7 @@ class StageSpec(Spec):
         return self
 
     def stage(self) -> Stage:
-        weights = self.weights or {str(self.objective): 1.0}
+        weights = {str(self.objective): 1.0} if self.weights is None else self.weights
         return Stage(weights, self.steps, self.loss_below, self.check_every)
 
 
@@ -289,6 +289,15 @@ class TrainingSpec(Spec):
     report_to: tuple[str, ...] = Field(
         (), description="accelerate's trackers: tensorboard, wandb, …"
     )
+
+    @model_validator(mode="after")
+    def _warmup(self) -> TrainingSpec:
+        if self.warmup_steps and self.lr_scheduler_type == "constant":
+            raise ValueError(
+                "warmup_steps does nothing with lr_scheduler_type constant: use "
+                "constant_with_warmup, or set it to 0"
+            )
+        return self
 
 
 AnyObjective = Annotated[NllSpec | DpoSpec, Field(discriminator="kind")]

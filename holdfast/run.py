@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import json
 import math
+import os
 import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 import transformers
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
 from holdfast.assemble import (
@@ -28,7 +31,7 @@ from holdfast.assemble import (
     build_trainer,
     cache_folder,
 )
-from holdfast.errors import HoldfastError, RunError
+from holdfast.errors import HoldfastError, RecipeError, RunError
 from holdfast.joint.record import Recorder, machine, peak_memory_bytes, versions, write_json
 from holdfast.recipe import Recipe, load_recipe
 
@@ -68,9 +71,13 @@ def train(recipe: Recipe, *, overwrite: bool = False, console: Console | None = 
     folder = run_folder(recipe)
     accelerator = accelerator_for(recipe, folder)
     if accelerator.is_main_process:
-        _claim(folder, recipe, overwrite)
+        _make(folder)
     accelerator.wait_for_everyone()
-    return _execute(recipe, folder, accelerator, resume=False, console=console)
+    with _alone_in(folder, accelerator):
+        if accelerator.is_main_process:
+            _claim(folder, recipe, overwrite)
+        accelerator.wait_for_everyone()
+        return _execute(recipe, folder, accelerator, console=console)
 
 
 def resume(folder: Path, *, console: Console | None = None) -> Path:
@@ -79,7 +86,7 @@ def resume(folder: Path, *, console: Console | None = None) -> Path:
     Raises
     ------
     RunError
-        If there is no run in ``folder``.
+        If there is no run in ``folder``, or another process is training in it.
     """
     recipe = recipe_of(folder)
     described = json.loads((folder / "run.json").read_text("utf-8"))
@@ -92,7 +99,16 @@ def resume(folder: Path, *, console: Console | None = None) -> Path:
         # How a sum is split over threads decides its last bits.
         torch.set_num_threads(threads)
     accelerator = accelerator_for(recipe, folder)
-    return _execute(recipe, folder, accelerator, resume=True, console=console)
+    with _alone_in(folder, accelerator):
+        return _execute(
+            recipe,
+            folder,
+            accelerator,
+            resume=True,
+            # Those that the run started with, whatever the cache has by now.
+            optima=described.get("optima"),
+            console=console,
+        )
 
 
 def find_optima(recipe: Recipe, *, console: Console | None = None) -> dict[str, float]:
@@ -103,9 +119,15 @@ def find_optima(recipe: Recipe, *, console: Console | None = None) -> dict[str, 
     not include the schedule: another weight never repeats them.
     """
     _quieten_libraries()
+    wanted = [name for name, spec in recipe.objectives.items() if spec.optimum in ("auto", None)]
+    for name in wanted:
+        data = recipe.objectives[name].data
+        if not (data.held_out or data.held_out_path):
+            raise RecipeError(
+                f"objectives.{name}.data.held_out is 0, but an optimum is found on held-out rows"
+            )
     accelerator = accelerator_for(recipe, cache_folder())
     assembly = assemble(recipe, accelerator, say=_say(console, accelerator))
-    wanted = [name for name, spec in recipe.objectives.items() if spec.optimum in ("auto", None)]
     return {name: _optimum(recipe, name, assembly.keys[name], console) for name in wanted}
 
 
@@ -126,16 +148,41 @@ def recipe_of(folder: Path) -> Recipe:
     return load_recipe(str(path))
 
 
-def _claim(folder: Path, recipe: Recipe, overwrite: bool) -> None:
-    """Make ``folder`` the directory of this recipe's run."""
+@contextlib.contextmanager
+def _alone_in(folder: Path, accelerator: Accelerator, *, wait: bool = False) -> Iterator[None]:
+    """Keep other processes out of a folder. The kernel lifts the lock, even after a SIGKILL."""
+    if not accelerator.is_main_process:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise RunError(
+                f"another process is training in {folder}: wait for it, or stop it"
+            ) from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def _make(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file; the run directory must be a folder. Set 'output'.")
-    if folder.is_dir() and any(folder.iterdir()):
-        _refuse_or_clear(folder, recipe, overwrite)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"cannot create run directory {folder}: {error}") from error
+
+
+def _claim(folder: Path, recipe: Recipe, overwrite: bool) -> None:
+    """Make ``folder`` the directory of this recipe's run."""
+    # A recipe alone is a claim that was cut short; run.json completes it.
+    if {path.name for path in folder.iterdir()} - {"recipe.yaml"}:
+        _refuse_or_clear(folder, recipe, overwrite)
+    text = yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True)
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
     write_json(
         folder / "run.json",
         {
@@ -147,8 +194,6 @@ def _claim(folder: Path, recipe: Recipe, overwrite: bool) -> None:
             "machine": machine(),
         },
     )
-    text = yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True)
-    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
 
 
 def _refuse_or_clear(folder: Path, recipe: Recipe, overwrite: bool) -> None:
@@ -202,7 +247,8 @@ def _execute(
     folder: Path,
     accelerator: Accelerator,
     *,
-    resume: bool,
+    resume: bool = False,
+    optima: Mapping[str, float] | None = None,
     console: Console | None,
 ) -> Path:
     _quieten_libraries()
@@ -211,7 +257,8 @@ def _execute(
     recorder: Recorder | None = None
     try:
         assembly = assemble(recipe, accelerator, tokenizer_folder=folder / "tokenizer", say=say)
-        optima = _optima(recipe, assembly, console)
+        if optima is None:
+            optima = _optima(recipe, assembly, console)
         if main:
             trackers = _start_trackers(recipe, accelerator)
             recorder = Recorder(folder, console, trackers)
@@ -276,28 +323,39 @@ def _optima(recipe: Recipe, assembly: Assembly, console: Console | None) -> dict
 def _optimum(recipe: Recipe, name: str, key: str, console: Console | None) -> float:
     folder = cache_folder() / "optima" / key
     cached = folder / "optimum.json"
-    if cached.is_file():
-        return float(json.loads(cached.read_text("utf-8"))["optimum"])
     solo = alone(recipe, name)
     accelerator = accelerator_for(solo, folder)
-    if accelerator.is_main_process and console is not None:
-        console.print(f"optimum of {name}: training on it alone (kept for later runs)")
-    started = (folder / "run" / "run.json").is_file()
-    if not started and accelerator.is_main_process:
-        _claim(folder / "run", solo, overwrite=False)
+    main = accelerator.is_main_process
+    if main:
+        (folder / "run").mkdir(parents=True, exist_ok=True)
     accelerator.wait_for_everyone()
-    run = _execute(solo, folder / "run", accelerator, resume=started, console=console)
-    described = json.loads((run / "run.json").read_text("utf-8"))
-    if described["status"] != "finished":
-        raise RunError(
-            f"the optimum of {name} is not found yet: {described['reason']}. The same command goes "
-            "on where it stopped."
-        )
-    value = lowest_held_out(run, name)
-    if accelerator.is_main_process:
-        write_json(cached, {"objective": name, "optimum": value})
-    accelerator.wait_for_everyone()
-    return value
+    # Another run of a sweep may be looking for the same optimum: wait for it, and take its value.
+    with _alone_in(folder, accelerator, wait=True):
+        known: list[Any] = [None, False]  # the value, and whether a search had begun
+        if main and cached.is_file():
+            known = [json.loads(cached.read_text("utf-8"))["optimum"], True]
+        elif main:
+            known = [None, (folder / "run" / "run.json").is_file()]
+            _say(console, accelerator)(
+                f"optimum of {name}: training on it alone (kept for later runs)"
+            )
+            if not known[1]:
+                _claim(folder / "run", solo, overwrite=False)
+        broadcast_object_list(known)
+        if known[0] is not None:
+            return float(known[0])
+        run = _execute(solo, folder / "run", accelerator, resume=known[1], console=console)
+        described = json.loads((run / "run.json").read_text("utf-8"))
+        if described["status"] != "finished":
+            raise RunError(
+                f"the optimum of {name} is not found yet: {described['reason']}. The same command "
+                "goes on where it stopped."
+            )
+        value = lowest_held_out(run, name)
+        if main:
+            write_json(cached, {"objective": name, "optimum": value})
+        accelerator.wait_for_everyone()
+        return value
 
 
 def lowest_held_out(folder: Path, name: str) -> float:

@@ -10,6 +10,7 @@ import yaml
 from helpers.tiny import recipe_values, write_recipe
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from holdfast.errors import RecipeError
 from holdfast.recipe import (
@@ -163,6 +164,7 @@ def full() -> dict:
         objectives__sft__optimum="auto",
         objectives__dpo__optimum=0.5,
         schedule={"kind": "maxright", "weights": {"sft": 0.5, "dpo": 0.5}},
+        training__lr_scheduler_type="linear",
     )
     return Recipe.model_validate(values).dump()
 
@@ -565,3 +567,9 @@ def test_checking_a_recipe_and_asking_for_help_do_not_import_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "is valid" in done.stdout
+
+
+def test_a_warm_up_that_would_do_nothing_is_refused():
+    values = recipe_values(training__warmup_steps=5)
+    with pytest.raises(ValidationError, match="constant_with_warmup"):
+        Recipe.model_validate(values)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import math
 import os
@@ -559,9 +560,9 @@ def test_an_optimum_whose_search_was_killed_before_it_began_is_taken_up_again(
 ):
     recipe = load_recipe(str(write_recipe(tmp_path, objectives__sft__optimum="auto")))
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr("yaml.safe_dump", lambda *a, **k: (_ for _ in ()).throw(SystemExit(9)))
+        patch.setattr(runs, "write_json", lambda *a, **k: (_ for _ in ()).throw(SystemExit(9)))
         runs.find_optima(recipe)
-    assert list(fresh_cache.glob("optima/*/run/run.json"))
+    assert list(fresh_cache.glob("optima/*/run/recipe.yaml"))
     assert runs.find_optima(recipe)["sft"] > 0
 
 
@@ -648,3 +649,41 @@ def test_an_interrupted_search_for_an_optimum_is_not_taken_for_one(tmp_path, fre
         with pytest.raises(RunError, match="not found yet: interrupted by SIGTERM"):
             runs.find_optima(recipe)
     assert set(runs.find_optima(recipe)) == {"sft", "dpo"}
+
+
+def test_a_run_in_which_another_process_trains_is_left_alone(tmp_path):
+    run = trained(tmp_path, training__max_steps=1)
+    handle = os.open(run, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(RunError, match="another process is training"):
+            runs.train(load_recipe(str(tmp_path / "recipe.yaml")), overwrite=True)
+    finally:
+        os.close(handle)
+    assert described(run)["status"] == "finished"
+
+
+def test_a_run_killed_while_it_claimed_its_folder_can_be_started_again(tmp_path):
+    recipe = load_recipe(str(write_recipe(tmp_path, training__max_steps=1)))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("name: ti")
+    assert described(runs.train(recipe))["status"] == "finished"
+
+
+def test_a_resumed_run_keeps_the_optima_it_started_with(tmp_path):
+    run = trained(
+        tmp_path,
+        schedule={"kind": "maxright", "weights": {"sft": 0.5, "dpo": 0.5}},
+        objectives__sft__optimum=1.0,
+        objectives__dpo__optimum=0.5,
+    )
+    kept = described(run) | {"status": "stopped", "optima": {"sft": 0.25, "dpo": 0.75}}
+    (run / "run.json").write_text(json.dumps(kept))
+    runs.resume(run)
+    assert described(run)["optima"] == {"sft": 0.25, "dpo": 0.75}
+
+
+def test_an_optimum_without_held_out_rows_is_refused_before_training(tmp_path):
+    recipe = load_recipe(str(write_recipe(tmp_path, objectives__sft__data__held_out=0)))
+    with pytest.raises(RecipeError, match=r"objectives\.sft\.data\.held_out is 0"):
+        runs.find_optima(recipe)

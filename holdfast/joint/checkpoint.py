@@ -88,13 +88,16 @@ class Checkpoints:
             _flush_folder(self.folder)
         except Exception as error:  # safetensors has an exception type of its own for a full disk
             shutil.rmtree(partial, ignore_errors=True)
-            earlier = self.steps()
-            kept = f"the one of step {earlier[-1]} is intact" if earlier else "there is none before"
+            known = self.steps()
+            kept = f"the one of step {known[-1]} is intact" if known else "there is none before"
             raise CheckpointError(
                 f"cannot write the checkpoint of step {checkpoint.step} to {self.folder}: {error}; "
                 f"{kept}. Free some space (or mend the rights), then run 'holdfast resume'."
             ) from error
-        for step in self.steps()[: -self.keep]:
+        # Later ones were passed over as damaged when the run was resumed from an earlier one.
+        earlier = [step for step in self.steps() if step < checkpoint.step]
+        kept_steps = {checkpoint.step, *earlier[max(0, len(earlier) - self.keep + 1) :]}
+        for step in set(self.steps()) - kept_steps:
             shutil.rmtree(self.folder / f"{_PREFIX}{step:08d}", ignore_errors=True)
         return final
 

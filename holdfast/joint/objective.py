@@ -65,7 +65,8 @@ class Objective:
     source : Source
         Where training batches come from. Advanced only when the objective is in the turn.
     held_out : sequence of rows
-        Rows for evaluation. Never trained on, never used to choose an update.
+        Rows for evaluation. Never trained on, and used to choose an update only through
+        an optimum that was found on them.
     probe : sequence of rows
         Rows on which a schedule's optimality gap is evaluated; apart from the training rows and
         from ``held_out``.

@@ -186,8 +186,8 @@ class Maxright:
         if missing:
             raise ValueError(f"optima has no value for {', '.join(missing)}")
         for name in self.weights:
-            if not math.isfinite(optima[name]):
-                raise ValueError(f"optima[{name!r}] is {optima[name]}: it must be finite")
+            if not isinstance(optima[name], int | float) or not math.isfinite(optima[name]):
+                raise ValueError(f"optima[{name!r}] is {optima[name]!r}: a finite number is needed")
         if evaluate_every < 1:
             raise ValueError(f"evaluate_every is {evaluate_every}: it must be at least 1")
         if not 0.0 <= smoothing < 1.0:
@@ -211,17 +211,21 @@ class Maxright:
 
     def next(self, probe: Probe) -> Turn:
         if self.step % self.evaluate_every == 0:
-            for name in self.weights:
-                self._refresh(name, probe(name))
+            for name, weight in self.weights.items():
+                if weight > 0:  # otherwise it is never chosen, not even when all others are done
+                    self._refresh(name, probe(name))
         self.step += 1
         # Where no loss was finite yet, all gaps count as equal.
-        gaps = self.gaps or dict.fromkeys(self.weights, 0.0)
+        gaps = self.gaps or {name: 0.0 for name, weight in self.weights.items() if weight > 0}
         # Largest gap first; equal gaps go to the name that sorts first.
         chosen = min(gaps, key=lambda name: (-gaps[name], name))
         return Turn({chosen: 1.0})
 
     def observe(self, name: str, loss: float) -> None:
-        self._refresh(name, loss)
+        # Where every gap is evaluated at every step nothing is stale, and a training loss among the
+        # probed ones would only bias the average.
+        if self.evaluate_every > 1:
+            self._refresh(name, loss)
 
     def _refresh(self, name: str, loss: float) -> None:
         if not math.isfinite(loss):

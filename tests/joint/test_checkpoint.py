@@ -154,3 +154,11 @@ def test_an_optimiser_goes_on_after_packing_as_if_nothing_had_happened():
     unpack_optimizer(other, tensors, packed)
     steps(again, other, 3)
     assert torch.equal(weight, again)
+
+
+def test_a_checkpoint_just_written_outlives_damaged_ones_of_later_steps(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    (checkpoints.save(made(300)) / "state.json").write_text("{")
+    checkpoints.save(made(100))
+    assert checkpoints.load_newest()[0].step == 100
+    assert checkpoints.steps() == [100]

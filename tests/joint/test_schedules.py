@@ -85,7 +85,7 @@ def test_a_restored_schedule_goes_on_where_it_stood(make, cut):
 
 @given(
     losses=st.lists(st.tuples(st.floats(0, 9), st.floats(0, 9)), min_size=1, max_size=40),
-    weight=st.floats(0.0, 1.0),
+    weight=st.floats(0.01, 0.99),
     every=st.integers(1, 7),
 )
 def test_maxright_is_algorithm_4_written_out(losses, weight, every):
@@ -175,7 +175,7 @@ def test_bad_weights_are_refused(schedule, weights, message):
     ("change", "message"),
     [
         ({"optima": {"a": 0.0}}, "no value for b"),
-        ({"optima": {"a": 0.0, "b": math.inf}}, "must be finite"),
+        ({"optima": {"a": 0.0, "b": math.inf}}, "a finite number"),
         ({"evaluate_every": 0}, "at least 1"),
         ({"smoothing": 1.0}, "smoothing"),
     ],
@@ -206,3 +206,16 @@ def test_maxright_survives_losses_that_are_not_finite_from_the_start():
     assert schedule.next(lambda name: math.nan).weights == {"a": 1.0}
     schedule.observe("a", 1.0)
     assert schedule.gaps == {"a": 0.5}
+
+
+def test_maxright_never_chooses_an_objective_without_weight():
+    schedule = Maxright({"sft": 1.0, "dpo": 0.0}, {"sft": 2.0, "dpo": 0.0})
+    assert schedule.next({"sft": 1.0}.__getitem__).weights == {"sft": 1.0}
+
+
+def test_maxright_averages_probes_alone_where_nothing_is_stale():
+    schedule = Maxright({"a": 1.0}, {"a": 0.0}, 1, smoothing=0.5)
+    schedule.next(lambda name: 4.0)
+    schedule.observe("a", 0.0)
+    schedule.next(lambda name: 4.0)
+    assert schedule.gaps == {"a": 4.0}
