@@ -12,7 +12,13 @@ from torch.nn.functional import pad
 from holdfast.joint.objective import LossTerms
 from holdfast.language.data import Demonstration, Encoded, Preference, collate
 from holdfast.language.head import TokenStatistics
-from holdfast.language.losses import Aggregation, Variant, dpo, nll_from_statistics
+from holdfast.language.losses import (
+    Aggregation,
+    Variant,
+    dpo,
+    nll_from_statistics,
+    sequence_logps,
+)
 
 
 class Nll:
@@ -79,7 +85,7 @@ class Dpo:
             dtype=torch.float32,
             device=device,
         )
-        logps = scored.logps.sum(-1)
+        logps = sequence_logps(scored)
         if self.variant != "ipo":
             return self._loss(logps, reference)
         lengths = scored.mask.sum(-1).clamp(min=1)
@@ -159,8 +165,3 @@ def _joined(parts: Sequence[TokenStatistics], groups: Sequence[Sequence[int]]) -
         entropy=join_if_there([part.entropy for part in parts]),
         correct=join_if_there([part.correct for part in parts]),
     )
-
-
-def sequence_logps(policy: nn.Module, rows: Sequence[Encoded], pad_id: int) -> Tensor:
-    """Summed log-probability of each row's counted tokens, (batch,)."""
-    return score(policy, rows, pad_id, False).logps.sum(-1)

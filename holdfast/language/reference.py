@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from holdfast.language.data import Preference, fingerprint
+from holdfast.language.losses import sequence_logps
 from holdfast.language.model import LanguagePolicy
-from holdfast.language.objectives import sequence_logps
+from holdfast.language.objectives import score
 
 
 def with_reference(
@@ -99,7 +100,7 @@ def _score(
                 size += 1
             part = order[done : done + size]
             sides = [rows[i].chosen for i in part] + [rows[i].rejected for i in part]
-            scored = sequence_logps(reference, sides, policy.pad_id).float().cpu()
+            scored = sequence_logps(score(reference, sides, policy.pad_id, False)).float().cpu()
             logps[:, part] = scored.view(2, size)
             done += size
             if progress is not None:
