@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from holdfast.errors import DataError, RecipeError
@@ -303,6 +304,8 @@ def accelerator_for(recipe: Recipe, folder: Path) -> Accelerator:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`log_with=")  # said better below
             accelerator = Accelerator(
+                # Otherwise several processes on a machine without accelerator each train alone.
+                cpu=not torch.accelerator.is_available(),
                 mixed_precision="bf16" if recipe.training.bf16 else "no",
                 log_with=wanted or None,
                 project_dir=str(folder),

@@ -70,7 +70,7 @@ def check(recipe: RecipeArgument, set_: SetOption = None) -> None:
 @app.command(
     epilog="Examples:  holdfast train quickstart   |   "
     "holdfast train my.yaml --set training.seed=1 --output runs/seed1   |   "
-    "accelerate launch --num_processes 2 -m holdfast train my.yaml",
+    "accelerate launch --multi_gpu --num_processes 2 -m holdfast train my.yaml",
 )
 def train(
     recipe: RecipeArgument,

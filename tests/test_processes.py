@@ -1,5 +1,6 @@
 """Two processes over gloo against one process on the joined batch."""
 
+import json
 import os
 import subprocess
 import sys
@@ -13,22 +14,21 @@ from safetensors.torch import load_file
 SCRIPT = Path(__file__).parent / "helpers" / "gradients.py"
 
 
+def launcher(processes: int) -> list[str]:
+    if processes == 1:
+        return []
+    # Despite its name --multi_gpu starts processes on any device; without it, and without a GPU,
+    # accelerate starts a single one.
+    options = "--multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no"
+    threads = "--num_cpu_threads_per_process 1 --main_process_port 0"
+    count = f"--num_processes {processes}"
+    return f"-m accelerate.commands.launch {options} {threads} {count}".split()
+
+
 def gradients(folder: Path, recipe: Path, processes: int) -> dict[str, torch.Tensor]:
     out = folder / f"gradients-{processes}.safetensors"
-    launcher = [
-        *("-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1"),
-        *(
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-            "--num_cpu_threads_per_process",
-            "1",
-        ),
-        *("--num_processes", str(processes), "--main_process_port", "0"),
-    ]
     done = subprocess.run(
-        [sys.executable, *launcher, str(SCRIPT), str(recipe), str(out)],
+        [sys.executable, *launcher(processes), str(SCRIPT), str(recipe), str(out)],
         env=os.environ
         | {"HOLDFAST_CACHE": str(folder / f"cache-{processes}"), "OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).parent.parent,
@@ -48,7 +48,33 @@ def test_two_processes_give_the_gradients_of_one_on_the_joined_batch(tmp_path, m
         tmp_path, objectives__sft__batch_size=5, objectives__sft__micro_batch_size=micro
     )
     one, two = gradients(tmp_path, recipe, 1), gradients(tmp_path, recipe, 2)
+    assert (one.pop("world").item(), two.pop("world").item()) == (1, 2)
     assert one.keys() == two.keys() and any(key.startswith("dpo/") for key in one)
     for key, expected in one.items():
         atol = 1e-5 if key.startswith("after/") else 2e-7
         torch.testing.assert_close(two[key], expected, rtol=1e-4, atol=atol, msg=key)
+
+
+def test_two_processes_find_optima_train_and_write_one_run(tmp_path):
+    """The command line end to end: only the main process writes, and all agree on every turn."""
+    recipe = write_recipe(
+        tmp_path,
+        schedule={"kind": "maxright", "weights": {"sft": 0.5, "dpo": 0.5}, "evaluate_every": 2},
+        objectives__sft__optimum="auto",
+        objectives__dpo__optimum="auto",
+    )
+    environment = {"HOLDFAST_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launcher(2), "-m", "holdfast", "train", str(recipe)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    described = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert described["status"] == "finished" and described["world_size"] == 2
+    assert set(described["optima"]) == {"sft", "dpo"}
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 9))
+    assert done.stdout.count("report: ") == 1

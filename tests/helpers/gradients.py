@@ -20,6 +20,7 @@ def main(recipe_path: str, out: str) -> None:
         gradient, summary = trainer._gradient(objective, objective.source.next())
         for (key, _), part in zip(trainer._named, gradient, strict=True):
             saved[f"{name}/{key}"] = part.clone()
+        saved["world"] = part.new_tensor([accelerator.num_processes])
         saved[f"{name}/loss"] = part.new_tensor([summary.loss, summary.count])
         evaluated = trainer.evaluate(objective, objective.held_out)
         saved[f"{name}/held_out"] = part.new_tensor([evaluated.loss, evaluated.count])
