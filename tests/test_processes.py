@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,18 +26,33 @@ def launcher(processes: int) -> list[str]:
     return f"-m accelerate.commands.launch {options} {threads} {count}".split()
 
 
+def launched(command: list[str], cache: Path) -> str:
+    """Output of a launch; one that has not ended after two minutes is tried once more."""
+    for attempt in range(2):
+        process = subprocess.Popen(
+            command,
+            env=os.environ | {"HOLDFAST_CACHE": str(cache), "OMP_NUM_THREADS": "1"},
+            cwd=Path(__file__).parent.parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            output, errors = process.communicate(timeout=120)
+            break
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            assert attempt == 0, "two launches in a row did not end"
+    assert process.returncode == 0, errors[-3000:]
+    return output
+
+
 def gradients(folder: Path, recipe: Path, processes: int) -> dict[str, torch.Tensor]:
     out = folder / f"gradients-{processes}.safetensors"
-    done = subprocess.run(
-        [sys.executable, *launcher(processes), str(SCRIPT), str(recipe), str(out)],
-        env=os.environ
-        | {"HOLDFAST_CACHE": str(folder / f"cache-{processes}"), "OMP_NUM_THREADS": "1"},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = [sys.executable, *launcher(processes), str(SCRIPT), str(recipe), str(out)]
+    launched(command, folder / f"cache-{processes}")
     return load_file(out)
 
 
@@ -63,18 +79,11 @@ def test_two_processes_find_optima_train_and_write_one_run(tmp_path):
         objectives__sft__optimum="auto",
         objectives__dpo__optimum="auto",
     )
-    environment = {"HOLDFAST_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *launcher(2), "-m", "holdfast", "train", str(recipe)],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    command = [sys.executable, *launcher(2), "-m", "holdfast", "train", str(recipe)]
+    output = launched(command, tmp_path / "cache")
     described = json.loads((tmp_path / "run" / "run.json").read_text())
     assert described["status"] == "finished" and described["world_size"] == 2
     assert set(described["optima"]) == {"sft", "dpo"}
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 9))
-    assert done.stdout.count("report: ") == 1
+    assert output.count("report: ") == 1
