@@ -32,7 +32,7 @@ from holdfast.language.model import PRESETS, LanguagePolicy, load_policy, load_t
 from holdfast.language.objectives import Dpo, Nll
 from holdfast.language.reference import with_reference
 from holdfast.language.tokenizers import build_tokenizer, train_bpe
-from holdfast.recipe import (
+from holdfast.schema import (
     AlrightSpec,
     DpoSpec,
     LanguagePolicySpec,

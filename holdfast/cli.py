@@ -144,7 +144,7 @@ def list_() -> None:
     """Show the recipes, policies, objectives and schedules that there are."""
     import yaml
 
-    from holdfast import recipe as specs
+    from holdfast import schema
 
     recipes = Table("recipe", "what it shows", title=f"shipped recipes ({SHIPPED.name}/)")
     for name, path in shipped_recipes().items():
@@ -152,9 +152,9 @@ def list_() -> None:
     console.print(recipes)
     kinds = Table("part", "kind", "what it is")
     for part, known in (
-        ("policy", (specs.LanguagePolicySpec,)),
-        ("objective", (specs.NllSpec, specs.DpoSpec)),
-        ("schedule", (specs.SequentialSpec, specs.MixSpec, specs.AlrightSpec, specs.MaxrightSpec)),
+        ("policy", (schema.LanguagePolicySpec,)),
+        ("objective", schema.kinds(schema.AnyObjective)),
+        ("schedule", schema.kinds(schema.AnySchedule)),
     ):
         for spec in known:
             kinds.add_row(part, spec.model_fields["kind"].default, spec.__doc__)

@@ -5,6 +5,9 @@ the message alone and exits with status 2; anything that is not a ``HoldfastErro
 Holdfast and keeps its traceback.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class HoldfastError(Exception):
     """Base of every error that a user can mend."""
@@ -32,3 +35,9 @@ class RunError(HoldfastError):
 
 class TrainingError(HoldfastError):
     """Training had to stop: for instance too many steps were refused."""
+
+
+def nearest(name: str, known: Iterable[object]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or a full stop."""
+    near = difflib.get_close_matches(name, [str(k) for k in known], n=1)
+    return f"; did you mean '{near[0]}'?" if near else "."

@@ -33,7 +33,8 @@ from holdfast.assemble import (
 )
 from holdfast.errors import HoldfastError, RecipeError, RunError
 from holdfast.joint.record import Recorder, machine, peak_memory_bytes, versions, write_json
-from holdfast.recipe import Recipe, load_recipe
+from holdfast.recipe import load_recipe
+from holdfast.schema import Recipe
 
 TRACKERS = "holdfast"
 """What trackers call the project; those that write files name a folder of the run after it."""
@@ -179,7 +180,7 @@ def _make(folder: Path) -> None:
 def _claim(folder: Path, recipe: Recipe, overwrite: bool) -> None:
     """Make ``folder`` the directory of this recipe's run."""
     # A recipe alone is a claim that was cut short; run.json completes it.
-    if {path.name for path in folder.iterdir()} - {"recipe.yaml"}:
+    if {path.name for path in folder.iterdir()} - {"recipe.yaml", "run.json.partial"}:
         _refuse_or_clear(folder, recipe, overwrite)
     text = yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True)
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")

@@ -13,13 +13,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from holdfast.errors import RecipeError
-from holdfast.recipe import (
-    Recipe,
-    WeightedSpec,
-    load_recipe,
-    parse_recipe,
-    shipped_recipes,
-)
+from holdfast.recipe import load_recipe, parse_recipe, shipped_recipes
+from holdfast.schema import Recipe, WeightedSpec
 
 STAGES = [{"objective": "sft", "steps": 3}, {"objective": "dpo", "steps": 5}]
 

@@ -667,6 +667,7 @@ def test_a_run_killed_while_it_claimed_its_folder_can_be_started_again(tmp_path)
     recipe = load_recipe(str(write_recipe(tmp_path, training__max_steps=1)))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text("name: ti")
+    (tmp_path / "run" / "run.json.partial").write_text('{"na')
     assert described(runs.train(recipe))["status"] == "finished"
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +29,6 @@ def with_reference(
     cache: Path,
     *,
     tokens_at_once: int = 8192,
-    progress: Callable[[int, int], None] | None = None,
 ) -> list[Preference]:
     """The rows with the log-probabilities of both sides under the reference.
 
@@ -43,8 +42,6 @@ def with_reference(
         Folder of the cache. An entry is found by digest of policy and rows.
     tokens_at_once : int
         Padded tokens in a forward pass.
-    progress : callable, optional
-        Called with rows done and rows in all.
 
     Returns
     -------
@@ -60,7 +57,7 @@ def with_reference(
     path = cache / "reference" / f"{key}.safetensors"
     logps = _read(path, len(rows))
     if logps is None:
-        logps = _score(rows, policy, tokens_at_once, progress)
+        logps = _score(rows, policy, tokens_at_once)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}")
         save_file({"logps": logps}, partial)
@@ -80,12 +77,7 @@ def _read(path: Path, count: int) -> torch.Tensor | None:
     return logps if tuple(logps.shape) == (2, count) else None
 
 
-def _score(
-    rows: Sequence[Preference],
-    policy: LanguagePolicy,
-    tokens_at_once: int,
-    progress: Callable[[int, int], None] | None,
-) -> torch.Tensor:
+def _score(rows: Sequence[Preference], policy: LanguagePolicy, tokens_at_once: int) -> torch.Tensor:
     logps = torch.empty(2, len(rows), dtype=torch.float32)
     # By length, so that little is padded.
     order = sorted(range(len(rows)), key=lambda index: rows[index].length)
@@ -103,6 +95,4 @@ def _score(
             scored = sequence_logps(score(reference, sides, policy.pad_id, False)).float().cpu()
             logps[:, part] = scored.view(2, size)
             done += size
-            if progress is not None:
-                progress(done, len(order))
     return logps

@@ -5,7 +5,7 @@ import pytest
 
 from benchmarks.cost.material import _made_up_rows, recipe_values
 from benchmarks.cost.run import at_even_mix, median_ratio, read_pipeline, read_race
-from holdfast.recipe import Recipe
+from holdfast.schema import Recipe
 
 
 def test_ratio_of_paired_times_does_not_see_the_drift_of_the_machine():

@@ -166,14 +166,6 @@ def test_values_do_not_depend_on_how_many_rows_share_a_pass(tokens_at_once, tmp_
     assert sum(batch for batch, _ in counted) == 2 * len(rows)
 
 
-def test_progress_is_told_in_rows(tmp_path):
-    told = []
-    with_reference(
-        preferences(5), build(), tmp_path, tokens_at_once=1, progress=lambda *n: told.append(n)
-    )
-    assert told == [(1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
-
-
 def test_no_rows_need_no_reference(tmp_path, counted):
     policy = build()
     counted.clear()
