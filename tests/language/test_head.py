@@ -131,9 +131,9 @@ def test_a_worked_example():
     """
     hidden = torch.tensor([[1.0, 0.0]], requires_grad=True)
     weight = torch.tensor([[0.0, 0.0], [math.log(2), 0.0], [math.log(5), 0.0]], requires_grad=True)
-    for vocab_tile in (1, 2, 3, None):
+    for tile_vocab in (1, 2, 3, None):
         found = token_statistics(
-            hidden, Head(weight), torch.tensor([2]), statistics=True, vocab_tile=vocab_tile
+            hidden, Head(weight), torch.tensor([2]), statistics=True, tile_vocab=tile_vocab
         )
         assert found.logps.item() == pytest.approx(math.log(5 / 8), abs=1e-6)
         expected = math.log(8) / 8 + math.log(4) / 4 + 5 / 8 * math.log(8 / 5)
@@ -165,7 +165,7 @@ temperatures = st.sampled_from([1.0, 0.3, 2.5])
 
 @settings(max_examples=100, deadline=None)
 @given(layouts, tiles, tiles, temperatures)
-def test_equals_the_definition_in_double_precision(layout, token_tile, vocab_tile, temperature):
+def test_equals_the_definition_in_double_precision(layout, tile_tokens, tile_vocab, temperature):
     hidden, head, labels = make(**layout)
     expected = reference(hidden, head, labels, temperature)
     found = token_statistics(
@@ -174,8 +174,8 @@ def test_equals_the_definition_in_double_precision(layout, token_tile, vocab_til
         labels,
         temperature=temperature,
         statistics=True,
-        token_tile=token_tile,
-        vocab_tile=vocab_tile,
+        tile_tokens=tile_tokens,
+        tile_vocab=tile_vocab,
     )
     assert found.logps.dtype == torch.float64
     agree(found, expected, 1e-10)
@@ -188,7 +188,7 @@ def test_equals_the_definition_in_double_precision(layout, token_tile, vocab_til
 @settings(max_examples=50, deadline=None)
 @given(layouts, tiles, tiles, temperatures, st.sampled_from([torch.float32, torch.bfloat16]))
 def test_sums_in_single_precision_whatever_the_dtype(
-    layout, token_tile, vocab_tile, temperature, dtype
+    layout, tile_tokens, tile_vocab, temperature, dtype
 ):
     """Against float64 on the very same (rounded) inputs: only gradients are rounded, once."""
     hidden, head, labels = make(**layout, dtype=dtype)
@@ -199,8 +199,8 @@ def test_sums_in_single_precision_whatever_the_dtype(
         head,
         labels,
         temperature=temperature,
-        token_tile=token_tile,
-        vocab_tile=vocab_tile,
+        tile_tokens=tile_tokens,
+        tile_vocab=tile_vocab,
     )
     assert found.logps.dtype == torch.float32
     agree(found, expected, 1e-5)
@@ -240,7 +240,7 @@ def test_dense_equals_the_definition(layout, temperature, dtype):
 
 @settings(max_examples=40, deadline=None)
 @given(layouts, tiles, tiles, temperatures)
-def test_tiled_equals_dense_in_single_precision(layout, token_tile, vocab_tile, temperature):
+def test_tiled_equals_dense_in_single_precision(layout, tile_tokens, tile_vocab, temperature):
     """At the size of a real vocabulary's logits the two may differ by 1e-5, no more."""
     layout = {**layout, "vocab": layout["vocab"] * 97, "softcap": None}
     hidden, head, labels = make(**layout, dtype=torch.float32)
@@ -254,8 +254,8 @@ def test_tiled_equals_dense_in_single_precision(layout, token_tile, vocab_tile, 
         labels,
         temperature=temperature,
         statistics=True,
-        token_tile=token_tile,
-        vocab_tile=vocab_tile and vocab_tile * 31,
+        tile_tokens=tile_tokens,
+        tile_vocab=tile_vocab and tile_vocab * 31,
     )
     torch.testing.assert_close(found.logps, dense.logps, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.entropy, dense.entropy, rtol=1e-5, atol=1e-5)
@@ -269,7 +269,7 @@ def test_gradients_pass_finite_differences(tile, softcap):
     def logps(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         scored = Head(weight, bias, head.scale, head.softcap)
         return token_statistics(
-            hidden, scored, labels, temperature=1.3, token_tile=tile, vocab_tile=tile
+            hidden, scored, labels, temperature=1.3, tile_tokens=tile, tile_vocab=tile
         ).logps
 
     assert torch.autograd.gradcheck(logps, (hidden, head.weight, head.bias))
@@ -286,8 +286,8 @@ def test_dense_gradients_pass_finite_differences():
 @pytest.mark.parametrize(
     "tokens, vocab, options",
     [
-        (60, 70, {"token_tile": 16, "vocab_tile": 32}),
-        (60, 70, {"token_tile": 60, "vocab_tile": 35}),
+        (60, 70, {"tile_tokens": 16, "tile_vocab": 32}),
+        (60, 70, {"tile_tokens": 60, "tile_vocab": 35}),
         (1100, 4096, {}),
     ],
 )
@@ -299,7 +299,7 @@ def test_never_holds_the_logits(tokens, vocab, options):
         found = token_statistics(hidden, head, labels, statistics=True, **options)
     with Recorder() as backward:
         found.logps.sum().backward()
-    limit = options.get("token_tile", 512) * options.get("vocab_tile", 2048)
+    limit = options.get("tile_tokens", 512) * options.get("tile_vocab", 2048)
     assert forward.products > 0 and forward.largest <= limit < tokens * vocab
     assert backward.products > 0 and backward.largest <= max(limit, head.weight.numel())
     assert backward.largest < tokens * vocab
@@ -312,7 +312,7 @@ def test_what_is_frozen_costs_no_product(tile):
         leaves = {"hidden": hidden, "weight": head.weight, "bias": head.bias}
         for name in frozen:
             leaves[name].requires_grad_(False)
-        logps = token_statistics(hidden, head, labels, token_tile=tile, vocab_tile=tile).logps
+        logps = token_statistics(hidden, head, labels, tile_tokens=tile, tile_vocab=tile).logps
         with Recorder() as recorder:
             logps.sum().backward()
         return recorder.products, {name: leaf.grad for name, leaf in leaves.items()}
@@ -349,7 +349,7 @@ def test_positions_that_do_not_count_are_never_projected():
 def test_nothing_counted_gives_zeros_with_zero_gradients(tile):
     hidden, head, labels = make(10, bias=True, ignored=1.1)
     found = token_statistics(
-        hidden, head, labels, statistics=True, token_tile=tile, vocab_tile=tile
+        hidden, head, labels, statistics=True, tile_tokens=tile, tile_vocab=tile
     )
     assert not found.mask.any() and not found.correct.any()
     assert torch.equal(found.logps, torch.zeros(3, 5, dtype=torch.float64))
@@ -362,7 +362,7 @@ def test_nothing_counted_gives_zeros_with_zero_gradients(tile):
 @pytest.mark.parametrize("tile", [None, 4], ids=["one tile", "many tiles"])
 def test_a_graph_may_be_walked_twice(tile):
     hidden, head, labels = make(11, softcap=2.0)
-    found = token_statistics(hidden, head, labels, token_tile=tile, vocab_tile=tile)
+    found = token_statistics(hidden, head, labels, tile_tokens=tile, tile_vocab=tile)
     inputs = parts(hidden, head)
     first = gradients(found.logps, inputs, 1, retain=True)
     torch.testing.assert_close(gradients(found.logps, inputs, 1), first, rtol=0, atol=0)
@@ -384,7 +384,7 @@ def test_autocast_leaves_values_and_gradients_in_single_precision(tile):
     expected = reference(wide, wide_head, labels)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = token_statistics(
-            hidden, head, labels, statistics=True, token_tile=tile, vocab_tile=tile
+            hidden, head, labels, statistics=True, tile_tokens=tile, tile_vocab=tile
         )
         grads = gradients(found.logps, parts(hidden, head), 4)
     assert found.logps.dtype == torch.float32
@@ -412,7 +412,7 @@ def test_large_logits_neither_overflow_nor_vanish(tile, size):
     hidden, head, labels = make(15, scale=size)
     single = Head(head.weight.detach().float(), None, size)
     found = token_statistics(
-        hidden.float(), single, labels, statistics=True, token_tile=tile, vocab_tile=tile
+        hidden.float(), single, labels, statistics=True, tile_tokens=tile, tile_vocab=tile
     )
     expected = reference(hidden, head, labels)
     torch.testing.assert_close(found.logps.double(), expected["logps"], rtol=1e-5, atol=1e-2)
@@ -428,7 +428,7 @@ def test_banned_ids_are_as_if_they_were_not_there(tile, statistics):
     bias = torch.zeros(6, dtype=torch.float64)
     bias[:4] = -math.inf
     banned = Head(head.weight, bias)
-    found = token_statistics(hidden, banned, labels, statistics=statistics, vocab_tile=tile)
+    found = token_statistics(hidden, banned, labels, statistics=statistics, tile_vocab=tile)
     expected = reference(hidden, Head(head.weight[4:]), labels - 4)
     agree(found, expected, 1e-10)
     inputs = parts(hidden, head)
@@ -446,14 +446,14 @@ def test_a_broken_hidden_state_shows_in_its_own_value_only(tile, statistics):
     with torch.no_grad():
         hidden[2] = math.nan
     found = token_statistics(
-        hidden, head, labels, statistics=statistics, token_tile=tile, vocab_tile=tile
+        hidden, head, labels, statistics=statistics, tile_tokens=tile, tile_vocab=tile
     )
     assert found.logps.isnan().tolist() == [False, False, True, False, False, False]
 
 
 def test_equal_logits_make_no_prediction():
     head = Head(torch.zeros(7, 2))
-    found = token_statistics(torch.ones(7, 2), head, torch.arange(7), statistics=True, vocab_tile=3)
+    found = token_statistics(torch.ones(7, 2), head, torch.arange(7), statistics=True, tile_vocab=3)
     assert not found.correct.any()
     torch.testing.assert_close(found.entropy, torch.full((7,), math.log(7)))
 
@@ -463,7 +463,7 @@ def test_log_probabilities_and_entropies_equal_trl():
     hidden, head, labels = make(18, (2, 6), 8, 40, ignored=0.0, dtype=torch.float32)
     logits = (hidden @ head.weight.T).detach()
     found = token_statistics(
-        hidden, head, labels, temperature=0.7, statistics=True, token_tile=5, vocab_tile=9
+        hidden, head, labels, temperature=0.7, statistics=True, tile_tokens=5, tile_vocab=9
     )
     logps = utils.selective_log_softmax(logits, labels, temperature=0.7)
     torch.testing.assert_close(found.logps, logps, rtol=1e-5, atol=1e-5)
@@ -487,7 +487,7 @@ def test_bad_arguments_name_themselves():
             token_statistics(hidden, head, labels, temperature=temperature)
         with pytest.raises(ValueError, match="temperature is"):
             dense_statistics(hidden, labels % 4, temperature=temperature)
-    for name in ("token_tile", "vocab_tile"):
+    for name in ("tile_tokens", "tile_vocab"):
         with pytest.raises(ValueError, match=f"{name} is 0"):
             token_statistics(hidden, head, labels, **{name: 0})
     with pytest.raises(ValueError, match=r"logits has shape \(3, 4, 4\), not \(3, 5, 'vocab'\)"):

@@ -103,7 +103,7 @@ def test_the_tiled_path_is_the_same_loss(statistics, aggregation):
     weight = torch.randn(7, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     expected = nll(hidden @ weight.T, labels, aggregation=aggregation)
     scored = token_statistics(
-        hidden, Head(weight), labels, statistics=statistics, token_tile=4, vocab_tile=3
+        hidden, Head(weight), labels, statistics=statistics, tile_tokens=4, tile_vocab=3
     )
     terms = nll_from_statistics(scored, aggregation=aggregation)
     torch.testing.assert_close(terms.total, expected.total)

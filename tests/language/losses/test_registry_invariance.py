@@ -50,7 +50,7 @@ class Policy:
     def score(self, sequences: Sequence[tuple[list[int], int]], padding: int) -> TokenStatistics:
         hidden, labels = self.batch(sequences, padding)
         return token_statistics(
-            hidden, Head(self.weight), labels, statistics=True, token_tile=7, vocab_tile=5
+            hidden, Head(self.weight), labels, statistics=True, tile_tokens=7, tile_vocab=5
         )
 
 

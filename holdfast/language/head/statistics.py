@@ -1,12 +1,8 @@
-"""The output layer of a language model, evaluated tile by tile.
+"""Log-probabilities of labels, tile by tile.
 
-The logits of a batch are by far its largest tensor: ``(tokens, vocab)`` against ``(tokens, width)``
-for the hidden states they come from. Nothing here ever holds them all. A forward pass visits tiles
-of tokens x vocabulary, folds each into per-token statistics with an online log-sum-exp, and forgets
-it; the backward pass projects every tile again. Dense and tiled evaluation share the maths of a
-tile, so that they cannot drift apart: dense evaluation is one tile.
-
-Sums run in float32 whatever the dtype of the model, or in float64 if an input has it.
+A forward pass visits tiles of tokens x vocabulary, folds each into per-token statistics with an
+online log-sum-exp, and forgets it; the backward pass projects every tile again. Dense and tiled
+evaluation share the maths of a tile, so that they cannot drift apart: dense evaluation is one tile.
 
 Source of the online log-sum-exp: Milakov and Gimelshein, "Online normalizer calculation for
 softmax" (2018), algorithm 3. Entropies of tiles are merged by the chain rule of entropy.
@@ -15,13 +11,23 @@ softmax" (2018), algorithm 3. Entropies of tiles are merged by the chain rule of
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from holdfast.language.head.tiles import (
+    Activation,
+    Head,
+    add_product_,
+    check_temperature,
+    operand_dtypes,
+    project,
+    tile_sizes,
+    tiles,
+)
 
 
 @dataclass(frozen=True)
@@ -49,45 +55,6 @@ class TokenStatistics:
     correct: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class Head:
-    """The output layer of a language model.
-
-    ``logits = scale * (W h + b)``, and with a soft cap ``c``, ``c * tanh(scale * (W h + b) / c)``.
-
-    Attributes
-    ----------
-    weight : Tensor
-        ``(vocab, width)``.
-    bias : Tensor, optional
-        ``(vocab,)``.
-    scale : float
-        Factor on the projection, as in Cohere and Granite models.
-    softcap : float, optional
-        Bound on the absolute value of a logit, as in Gemma models.
-
-    Raises
-    ------
-    ValueError
-        For a bad shape, or a ``softcap`` that is not positive.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.weight.ndim != 2:
-            raise ValueError(f"weight has shape {tuple(self.weight.shape)}, not (vocab, width)")
-        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
-            raise ValueError(
-                f"bias has shape {tuple(self.bias.shape)}, not ({self.weight.shape[0]},)"
-            )
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap is {self.softcap}: it must be positive, or None")
-
-
 def token_statistics(
     hidden: Tensor,
     head: Head,
@@ -96,8 +63,8 @@ def token_statistics(
     ignore_index: int = -100,
     temperature: float = 1.0,
     statistics: bool = False,
-    token_tile: int | None = None,
-    vocab_tile: int | None = None,
+    tile_tokens: int | None = None,
+    tile_vocab: int | None = None,
 ) -> TokenStatistics:
     """Log-probabilities of the labels, without ever holding the logits.
 
@@ -120,7 +87,7 @@ def token_statistics(
         The logits are divided by it. Positive.
     statistics : bool
         Also compute ``entropy`` and ``correct``.
-    token_tile, vocab_tile : int, optional
+    tile_tokens, tile_vocab : int, optional
         Extent of a tile. By default chosen to fit the cache (CPU) or to keep the device busy
         (CUDA). They change the result by rounding only.
 
@@ -140,7 +107,7 @@ def token_statistics(
             f"hidden has shape {tuple(hidden.shape)}, not {(*labels.shape, width)}: the shape of "
             "labels, then the width of the head"
         )
-    _check_temperature(temperature)
+    check_temperature(temperature)
     counted = _Counted(labels, ignore_index, vocab)
     tokens = len(counted.targets)
     logps, entropy, correct = _TiledLogps.apply(
@@ -148,8 +115,8 @@ def token_statistics(
         head.weight,
         head.bias,
         counted.targets,
-        _Activation.of(head.scale, head.softcap, temperature),
-        _tile_sizes(tokens, vocab, hidden.device, token_tile, vocab_tile),
+        Activation.of(head.scale, head.softcap, temperature),
+        tile_sizes(tokens, vocab, hidden.device, tile_tokens, tile_vocab),
         statistics,
     )
     return counted.statistics(logps, entropy, correct)
@@ -187,21 +154,16 @@ def dense_statistics(
             f"logits has shape {tuple(logits.shape)}, not {(*labels.shape, 'vocab')}: the shape of "
             "labels, then the vocabulary"
         )
-    _check_temperature(temperature)
+    check_temperature(temperature)
     vocab = logits.shape[-1]
     counted = _Counted(labels, ignore_index, vocab)
     logps, entropy, correct = _DenseLogps.apply(
         counted.gather(logits.reshape(-1, vocab)),
         counted.targets,
-        _Activation.of(1.0, None, temperature),
+        Activation.of(1.0, None, temperature),
         statistics,
     )
     return counted.statistics(logps, entropy, correct)
-
-
-def _check_temperature(temperature: float) -> None:
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature is {temperature}: it must be positive and finite")
 
 
 class _Counted:
@@ -243,37 +205,6 @@ class _Counted:
 
 
 # The maths of a tile ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Activation:
-    """From a projection ``x`` to a logit over the temperature.
-
-    ``inner * x``, or with a soft cap ``outer * tanh(inner * x)``.
-    """
-
-    inner: float
-    outer: float | None
-
-    @classmethod
-    def of(cls, scale: float, softcap: float | None, temperature: float) -> _Activation:
-        if softcap is None:
-            return cls(scale / temperature, None)
-        return cls(scale / softcap, softcap / temperature)
-
-    def apply_(self, tile: Tensor) -> Tensor:
-        if self.inner != 1.0:
-            tile.mul_(self.inner)
-        if self.outer is not None:
-            tile.tanh_().mul_(self.outer)
-        return tile
-
-    def slope(self, logits: Tensor) -> Tensor | None:
-        """The derivative at ``logits``, over ``inner``; ``None`` where it is 1 throughout."""
-        if self.outer is None:
-            return None
-        # outer * (1 - tanh^2), with tanh = logits / outer
-        return logits.square().mul_(-1.0 / self.outer).add_(self.outer)
 
 
 class _Running:
@@ -334,7 +265,7 @@ class _Running:
         return exponentials, mass
 
     def fold_all(
-        self, logits: Tensor, activation: _Activation, *, keep: bool
+        self, logits: Tensor, activation: Activation, *, keep: bool
     ) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Take in a tile that holds everything; if kept, its residual takes the logits' place.
 
@@ -377,71 +308,6 @@ def _local(targets: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
     return local.clamp_(0, size - 1).unsqueeze(1), inside
 
 
-# Tiles and products -------------------------------------------------------------------------------
-
-# Products are written in place or to ``out``, and so are not autocast's to round.
-
-# Logits that fit in the first number of elements are one tile; else tiles have the second extent,
-# in tokens and vocabulary. On a CPU: 16 MiB of float32, and 4 MiB, about what a core's cache holds.
-# On CUDA: 128 MiB each, enough work for a product to keep the device busy.
-_CPU_TILES = 2**22, (512, 2048)
-_CUDA_TILES = 2**25, (4096, 8192)
-
-
-def _tile_sizes(
-    tokens: int, vocab: int, device: torch.device, token_tile: int | None, vocab_tile: int | None
-) -> tuple[int, int]:
-    """The extent of a tile, in tokens and in vocabulary."""
-    for name, size in (("token_tile", token_tile), ("vocab_tile", vocab_tile)):
-        if size is not None and size < 1:
-            raise ValueError(f"{name} is {size}: it must be at least 1")
-    whole, default = _CUDA_TILES if device.type == "cuda" else _CPU_TILES
-    if token_tile is None and vocab_tile is None and tokens * vocab <= whole:
-        return max(tokens, 1), vocab
-    return min(token_tile or default[0], max(tokens, 1)), min(vocab_tile or default[1], vocab)
-
-
-def _tiles(length: int, size: int) -> Iterator[slice]:
-    """Consecutive slices of at most ``size`` that cover ``range(length)``."""
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))
-
-
-def _dtypes(hidden: Tensor, weight: Tensor) -> tuple[torch.dtype, torch.dtype]:
-    """The dtypes of the operands of a product and of its sums.
-
-    Only CUDA multiplies half-precision operands into float32 sums; elsewhere they are cast up.
-    """
-    kind = hidden.device.type
-    operands = torch.promote_types(hidden.dtype, weight.dtype)
-    if torch.is_autocast_enabled(kind) and operands != torch.float64:
-        operands = torch.get_autocast_dtype(kind)
-    sums = torch.promote_types(operands, torch.float32)
-    return (operands if kind == "cuda" else sums), sums
-
-
-def _project(hidden: Tensor, weight: Tensor, bias: Tensor | None, scratch: Tensor) -> Tensor:
-    """``hidden @ weight.T + bias`` as a ``(tokens, tile)`` view of ``scratch``, in its dtype.
-
-    ``hidden`` ``(tokens, width)`` and ``weight`` ``(tile, width)`` are in the operands' dtype.
-    """
-    shape = hidden.shape[0], weight.shape[0]
-    tile = scratch[: shape[0] * shape[1]].view(shape)
-    if hidden.dtype == tile.dtype:
-        torch.mm(hidden, weight.T, out=tile)
-    else:
-        torch.mm(hidden, weight.T, out_dtype=tile.dtype, out=tile)
-    return tile if bias is None else tile.add_(bias)
-
-
-def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``, summed in the dtype of ``total``."""
-    if right.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-
-
 class _TiledLogps(torch.autograd.Function):
     """Vocabulary tiles outside, token tiles inside: a tile of the weight is cast up only once, and
     its gradient is summed in float32 without a float32 gradient of the whole weight."""
@@ -453,24 +319,24 @@ class _TiledLogps(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        activation: _Activation,
-        tile_sizes: tuple[int, int],
+        activation: Activation,
+        extent: tuple[int, int],
         statistics: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        operands, sums = _dtypes(hidden, weight)
-        token_tile, vocab_tile = tile_sizes
+        operands, sums = operand_dtypes(hidden, weight)
+        tile_tokens, tile_vocab = extent
         # What fits in one tile is kept: projecting it again would save no memory. It is kept before
         # it is divided by its sums, which half-precision operands might not hold.
-        whole = len(targets) <= token_tile and len(weight) <= vocab_tile and operands == sums
+        whole = len(targets) <= tile_tokens and len(weight) <= tile_vocab and operands == sums
         running = _Running(targets, sums, statistics)
         residual = denominators = None
         rows = hidden.to(operands)
-        scratch = rows.new_empty(token_tile * vocab_tile, dtype=sums)
-        for vocab in _tiles(len(weight), vocab_tile):
+        scratch = rows.new_empty(tile_tokens * tile_vocab, dtype=sums)
+        for vocab in tiles(len(weight), tile_vocab):
             columns = weight[vocab].to(operands)
             offset = None if bias is None else bias[vocab].to(sums)
-            for tokens in _tiles(len(rows), token_tile):
-                tile = _project(rows[tokens], columns, offset, scratch)
+            for tokens in tiles(len(rows), tile_tokens):
+                tile = project(rows[tokens], columns, offset, scratch)
                 logits = activation.apply_(tile)
                 if whole:
                     keep = any(ctx.needs_input_grad)
@@ -481,7 +347,7 @@ class _TiledLogps(torch.autograd.Function):
         ctx.mark_non_differentiable(*(x for x in (entropy, correct) if x is not None))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, targets, running.lse, residual, denominators)
-        ctx.activation, ctx.tile_sizes, ctx.dtypes = activation, tile_sizes, (operands, sums)
+        ctx.activation, ctx.extent, ctx.dtypes = activation, extent, (operands, sums)
         return logps, entropy, correct
 
     @staticmethod
@@ -491,7 +357,7 @@ class _TiledLogps(torch.autograd.Function):
             return (None,) * 7
         hidden, weight, bias, targets, lse, kept, denominators = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        activation, (token_tile, vocab_tile) = ctx.activation, ctx.tile_sizes
+        activation, (tile_tokens, tile_vocab) = ctx.activation, ctx.extent
         operands, sums = ctx.dtypes
         # What is constant along a row goes on the short side of the products.
         factor = grad_logps.unsqueeze(1) * -activation.inner
@@ -505,15 +371,15 @@ class _TiledLogps(torch.autograd.Function):
             weighted = (hidden * factor).to(operands)
         if needs_bias:
             grad_bias = torch.empty_like(bias)
-        scratch = rows.new_empty(token_tile * vocab_tile if kept is None else 0, dtype=sums)
-        for vocab in _tiles(len(weight), vocab_tile):
+        scratch = rows.new_empty(tile_tokens * tile_vocab if kept is None else 0, dtype=sums)
+        for vocab in tiles(len(weight), tile_vocab):
             columns = weight[vocab].to(operands)
             offset = None if bias is None else bias[vocab].to(sums)
             weight_sum = torch.zeros_like(columns, dtype=sums) if needs_weight else None
             bias_sum = columns.new_zeros(len(columns), dtype=sums) if needs_bias else None
-            for tokens in _tiles(len(rows), token_tile):
+            for tokens in tiles(len(rows), tile_tokens):
                 if kept is None:
-                    tile = _project(rows[tokens], columns, offset, scratch)
+                    tile = project(rows[tokens], columns, offset, scratch)
                     logits = activation.apply_(tile)
                     slope = activation.slope(logits)
                     softmax = logits.sub_(lse[tokens].unsqueeze(1)).exp_()
@@ -524,9 +390,9 @@ class _TiledLogps(torch.autograd.Function):
                     bias_sum.addmv_(residual.T, factor[tokens, 0])
                 residual = residual.to(operands)
                 if needs_hidden:
-                    _add_product_(grad_hidden[tokens], residual, columns)
+                    add_product_(grad_hidden[tokens], residual, columns)
                 if weight_sum is not None:
-                    _add_product_(weight_sum, residual.T, weighted[tokens])
+                    add_product_(weight_sum, residual.T, weighted[tokens])
             if weight_sum is not None:
                 grad_weight[vocab] = weight_sum
             if bias_sum is not None:
@@ -544,7 +410,7 @@ class _TiledLogps(torch.autograd.Function):
 class _DenseLogps(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, activation: _Activation, statistics: bool
+        ctx: Any, logits: Tensor, targets: Tensor, activation: Activation, statistics: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         sums = torch.promote_types(logits.dtype, torch.float32)
         running = _Running(targets, sums, statistics)
