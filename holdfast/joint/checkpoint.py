@@ -166,6 +166,40 @@ def unpack_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": packed["groups"]})
 
 
+def separate(state: Any, where: str = "") -> tuple[Any, dict[str, Tensor]]:
+    """Split nested mappings and lists into JSON values and tensors by dotted path."""
+    if isinstance(state, Tensor):
+        return {_TENSOR: where}, {where: state}
+    items: Any
+    if isinstance(state, Mapping):
+        items = state.items()
+    elif isinstance(state, list | tuple):
+        items = enumerate(state)
+    else:
+        return state, {}
+    tensors: dict[str, Tensor] = {}
+    plain = {}
+    for key, value in items:
+        plain[key], found = separate(value, f"{where}.{key}" if where else str(key))
+        tensors |= found
+    return (plain if isinstance(state, Mapping) else list(plain.values())), tensors
+
+
+def reunite(plain: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of :func:`separate`; tuples come back as lists."""
+    if isinstance(plain, Mapping):
+        if plain.keys() == {_TENSOR}:
+            return tensors[plain[_TENSOR]]
+        return {key: reunite(value, tensors) for key, value in plain.items()}
+    if isinstance(plain, list):
+        return [reunite(value, tensors) for value in plain]
+    return plain
+
+
+_TENSOR = "\0tensor"
+"""Key of what stands in the place of a tensor."""
+
+
 def _detached(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 

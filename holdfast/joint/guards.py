@@ -18,11 +18,14 @@ class Verdict:
     ----------
     grad_norm : float
         Euclidean norm of the whole gradient before the guard touched it.
+    clipped_norm : float
+        The same after it.
     refused : str, optional
         Why the step must not be taken. ``None``: it may be.
     """
 
     grad_norm: float
+    clipped_norm: float
     refused: str | None = None
 
 
@@ -49,8 +52,9 @@ class ClipNorm:
         parts = [part for part in gradient if part is not None]
         norm = float(get_total_norm(parts)) if parts else 0.0
         if not math.isfinite(norm):
-            return Verdict(norm, refused="the gradient is not finite")
+            return Verdict(norm, norm, refused="the gradient is not finite")
         if self.max_norm is not None and norm > self.max_norm:
             for part in parts:
                 part.mul_(self.max_norm / norm)
-        return Verdict(norm)
+            return Verdict(norm, self.max_norm)
+        return Verdict(norm, norm)

@@ -27,12 +27,25 @@ class LossTerms:
     count : Tensor
         Scalar: how many elements (tokens, sequences, pairs, transitions) were summed.
     metrics : Mapping[str, Tensor]
-        Detached scalars. Like ``total`` they are sums; the mean is their sum divided by ``count``.
+        Detached. Like ``total`` they are sums; the mean is their sum divided by ``count``. A metric
+        that is an average over something else is a tensor ``(2,)``: its sum and its own count.
     """
 
     total: Tensor
     count: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Means over a batch or a set of rows, and the count they were taken over."""
+
+    loss: float
+    count: float
+    metrics: dict[str, float]
+
+    def as_record(self) -> dict[str, Any]:
+        return {"loss": self.loss, "count": self.count, "metrics": self.metrics}
 
 
 class Source(Protocol):
@@ -43,7 +56,7 @@ class Source(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in the stream, as plain JSON values."""
+        """The position in the stream: nested JSON values and tensors."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -64,6 +77,13 @@ class Objective:
         cuts batches into micro-batches and shards them over ranks.
     source : Source
         Where training batches come from. Advanced only when the objective is in the turn.
+    evaluate : callable, optional
+        ``evaluate(policy, rows) -> LossTerms`` on held-out and probe rows, where that is not the
+        training loss: a reward, for instance, of which the training loss is only a surrogate.
+        Smaller is better.
+    observed : callable
+        From the means of a training batch to what stands for them in a schedule's gaps, in the
+        units of ``evaluate``. By default their loss.
     held_out : sequence of rows
         Rows for evaluation. Never trained on, and used to choose an update only through
         an optimum that was found on them.
@@ -79,6 +99,8 @@ class Objective:
     name: str
     loss: Callable[[nn.Module, Sequence[Row]], LossTerms]
     source: Source
+    evaluate: Callable[[nn.Module, Sequence[Row]], LossTerms] | None = None
+    observed: Callable[[Summary], float] = field(default=lambda summary: summary.loss)
     held_out: Sequence[Row] = ()
     probe: Sequence[Row] = ()
     optimum: float | None = None

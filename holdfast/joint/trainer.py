@@ -23,10 +23,17 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from holdfast.errors import RunError, TrainingError
-from holdfast.joint.checkpoint import Checkpoint, Checkpoints, pack_optimizer, unpack_optimizer
+from holdfast.joint.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    pack_optimizer,
+    reunite,
+    separate,
+    unpack_optimizer,
+)
 from holdfast.joint.combine import Combiner, WeightedSum
 from holdfast.joint.guards import ClipNorm
-from holdfast.joint.objective import LossTerms, Objective, Row
+from holdfast.joint.objective import LossTerms, Objective, Row, Summary
 from holdfast.joint.record import Recorder, peak_memory_bytes
 from holdfast.joint.schedules import Schedule
 
@@ -71,18 +78,6 @@ class TrainerOptions:
     early_stopping_threshold: float = 0.0
     max_refusals: int = 3
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Means over a batch or a set of rows, and the count they were taken over."""
-
-    loss: float
-    count: float
-    metrics: dict[str, float]
-
-    def as_record(self) -> dict[str, Any]:
-        return {"loss": self.loss, "count": self.count, "metrics": self.metrics}
 
 
 @dataclass
@@ -255,7 +250,7 @@ class Trainer:
         if refused is None:
             self._optimizer.step()
             for name, summary in summaries.items():
-                self.schedule.observe(name, summary.loss)
+                self.schedule.observe(name, self.objectives[name].observed(summary))
         self._optimizer.zero_grad(set_to_none=True)
         learning_rate = self._lr.get_last_lr()[0]
         with warnings.catch_warnings():
@@ -276,6 +271,7 @@ class Trainer:
                 gaps=self.schedule.gaps,
                 learning_rate=learning_rate,
                 grad_norm=verdict.grad_norm,
+                clipped_grad_norm=verdict.clipped_norm,
                 seconds=self._progress.seconds,
             )
             text = "  ".join(f"{name} {summary.loss:.4f}" for name, summary in summaries.items())
@@ -345,7 +341,7 @@ class Trainer:
         sums = _Sums()
         with torch.no_grad():
             for part in _cut(shard, objective.micro_batch_size) if shard else []:
-                sums.add(objective.loss(self.policy, part))
+                sums.add((objective.evaluate or objective.loss)(self.policy, part))
         self.policy.train(training)
         return self._mean(sums)
 
@@ -402,11 +398,14 @@ class Trainer:
             names = max(ranks, key=len)
             by_name = {name: math.fsum(rank.get(name, 0.0) for rank in ranks) for name in names}
         total, count = by_name.pop("\0total", 0.0), by_name.pop("\0count", 0.0)
+        counts = {
+            name: by_name.pop(f"\0count of {name}", count)
+            for name in [name for name in by_name if not name.startswith("\0")]
+        }
         if not count:
             return Summary(math.nan, 0.0, {})
-        return Summary(
-            total / count, count, {name: value / count for name, value in by_name.items()}
-        )
+        means = {name: by_name[name] / own for name, own in counts.items() if own}
+        return Summary(total / count, count, means)
 
     # State ----------------------------------------------------------------------------------------
 
@@ -417,21 +416,20 @@ class Trainer:
         if self.accelerator.is_main_process:
             tensors, packed = pack_optimizer(self._optimizer_plain)
             progress = self._progress
+            sources, rows = separate(
+                {name: objective.source.state_dict() for name, objective in self.objectives.items()}
+            )
             state = {
                 "fingerprint": self.fingerprint,
                 "progress": vars(progress),
                 "optimizer": packed,
                 "lr_scheduler": self._lr.state_dict(),
                 "schedule": self.schedule.state_dict(),
-                "sources": {
-                    name: objective.source.state_dict()
-                    for name, objective in self.objectives.items()
-                },
+                "sources": sources,
             }
             policy = {**dict(self._named), **_persistent_buffers(self.policy)}
-            self.checkpoints.save(
-                Checkpoint(self.step, {"policy": policy, "optimizer": tensors}, state)
-            )
+            groups = {"policy": policy, "optimizer": tensors} | ({"sources": rows} if rows else {})
+            self.checkpoints.save(Checkpoint(self.step, groups, state))
             if self.recorder is not None:
                 self.recorder.describe(
                     seconds=progress.seconds, peak_memory_bytes=peak_memory_bytes()
@@ -484,7 +482,8 @@ class Trainer:
         unpack_optimizer(self._optimizer_plain, checkpoint.tensors["optimizer"], state["optimizer"])
         self._lr.load_state_dict(state["lr_scheduler"])
         self.schedule.load_state_dict(state["schedule"])
-        for name, source_state in state["sources"].items():
+        sources = reunite(state["sources"], checkpoint.tensors.get("sources", {}))
+        for name, source_state in sources.items():
             self.objectives[name].source.load_state_dict(source_state)
         self._progress = _Progress(**state["progress"])
 
@@ -504,13 +503,15 @@ class _Sums:
         """The sums. One transfer from the device for all of them."""
         if not self._terms:
             return {}
-        names = ["\0total", "\0count", *self._terms[0].metrics]
+        names = ["\0total", "\0count"]
+        for name, metric in self._terms[0].metrics.items():
+            names += [name, f"\0count of {name}"] if metric.ndim else [name]
         parts = [
-            part.double()
+            part.double().reshape(-1)
             for terms in self._terms
             for part in (terms.total, terms.count, *terms.metrics.values())
         ]
-        sums = torch.stack(parts).view(len(self._terms), len(names)).sum(0)
+        sums = torch.cat(parts).view(len(self._terms), len(names)).sum(0)
         return dict(zip(names, sums.tolist(), strict=True))
 
 

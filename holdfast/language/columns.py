@@ -112,6 +112,25 @@ def preference(row: RawRow) -> tuple[Example, Example]:
     return pair
 
 
+def prompt(row: RawRow) -> str | list[Message]:
+    """Read a row as a prompt; its other columns are for reward functions.
+
+    Raises
+    ------
+    BadRow
+        If the prompt is empty.
+    DataError
+        If the column is missing or of the wrong type.
+    """
+    _require(row, ("prompt",), '{"prompt"} and the columns that rewards need')
+    if isinstance(row.values["prompt"], list):
+        return _messages(row, "prompt")
+    content = _text(row, "prompt")
+    if not content:
+        raise BadRow("empty prompt", row.origin, '"prompt" is empty')
+    return content
+
+
 def texts(row: RawRow) -> Iterator[str]:
     """Every text in the columns that Holdfast knows, for instance to train a tokenizer on."""
     for column in ("prompt", "completion", "chosen", "rejected", "text", "messages"):

@@ -7,6 +7,7 @@ tokenised once (:mod:`~holdfast.language.encoding`) before training starts.
 from __future__ import annotations
 
 import hashlib
+import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -16,13 +17,21 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, NamedTuple, TypeVar
 import numpy as np
 
 from holdfast.errors import DataError
-from holdfast.language.columns import BadRow, demonstration, preference, texts
+from holdfast.language.columns import (
+    BadRow,
+    Message,
+    demonstration,
+    preference,
+    prompt,
+    texts,
+)
 from holdfast.language.encoding import (
     IGNORE_INDEX,
     Encoded,
     Passage,
     collate,
     encode,
+    encode_prompt,
     render,
     truncate,
 )
@@ -37,12 +46,14 @@ __all__ = [
     "Demonstration",
     "Encoded",
     "Preference",
+    "Prompt",
     "RawRow",
     "Split",
     "collate",
     "fingerprint",
     "load_demonstrations",
     "load_preferences",
+    "load_prompts",
     "read_rows",
     "read_text",
     "split_rows",
@@ -125,7 +136,40 @@ class Preference:
         }
 
 
-R = TypeVar("R", Demonstration, Preference)
+@dataclass(frozen=True, slots=True, eq=False)
+class Prompt:
+    """What the policy is asked to complete.
+
+    Attributes
+    ----------
+    input_ids : ndarray, (time,), int32
+    content : str or list of Message
+        The prompt as the row has it: what reward functions are given.
+    columns : dict
+        The row's other columns: passed on to reward functions.
+    origin, group : str
+        As in :class:`Demonstration`.
+    """
+
+    input_ids: np.ndarray
+    content: str | list[Message]
+    columns: dict[str, Any]
+    origin: str
+    group: str = ""
+
+    @property
+    def sequences(self) -> dict[str, Encoded]:
+        return {"prompt": Encoded(self.input_ids, np.zeros(self.length, dtype=bool))}
+
+    @property
+    def length(self) -> int:
+        return len(self.input_ids)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"origin": self.origin, "prompt": self.content, **self.columns}
+
+
+R = TypeVar("R", Demonstration, Preference, Prompt)
 
 
 def load_demonstrations(
@@ -212,6 +256,37 @@ def load_preferences(
     return sieve.result(sieve(finish, zip(pairs, encoded[::2], encoded[1::2], strict=True)))
 
 
+def load_prompts(
+    rows: Sequence[RawRow],
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    bad_rows: BadRows = "error",
+) -> tuple[list[Prompt], dict[str, int]]:
+    """Tokenise prompts. As :func:`load_demonstrations`; a prompt over ``max_length`` is bad.
+
+    A prompt is never cut: what is asked would no longer be what is rewarded.
+    """
+    _check_max_length(max_length)
+    sieve = _Sieve(bad_rows)
+
+    def finish(row: RawRow) -> Prompt:
+        content = prompt(row)
+        ids = encode_prompt(content, tokenizer, row.origin)
+        if len(ids) > max_length:
+            raise BadRow(
+                "prompt longer than the limit",
+                row.origin,
+                f"the prompt has {len(ids)} tokens, more than max_length {max_length}",
+            )
+        others = {name: value for name, value in row.values.items() if name != "prompt"}
+        text = content if isinstance(content, str) else json.dumps(content, sort_keys=True)
+        group = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        return Prompt(ids, content, others, row.origin, group)
+
+    return sieve.result(sieve(finish, rows))
+
+
 class Split(NamedTuple, Generic[R]):
     """Rows to train on, to evaluate optimality gaps on, and to report on."""
 
@@ -262,10 +337,11 @@ def split_rows(rows: Sequence[R], *, held_out: int, probe: int, seed: int) -> Sp
     return Split(train, parts[1], parts[0])
 
 
-def fingerprint(rows: Iterable[Demonstration | Preference]) -> str:
+def fingerprint(rows: Iterable[Demonstration | Preference | Prompt]) -> str:
     """A digest of the tokens of rows and which of them count, in order: 64 hexadecimal digits.
 
-    Origins and reference log-probabilities have no part in it.
+    Of prompts the other columns count as well, since rewards depend on them. Origins and reference
+    log-probabilities have no part in it.
     """
     digest = hashlib.sha256()
     for row in rows:
@@ -273,6 +349,8 @@ def fingerprint(rows: Iterable[Demonstration | Preference]) -> str:
             digest.update(f"{name} {tokens.length} ".encode())
             digest.update(tokens.input_ids.astype("<i4").tobytes())
             digest.update(tokens.counted.tobytes())
+        if isinstance(row, Prompt):
+            digest.update(json.dumps(row.columns, sort_keys=True, default=str).encode())
     return digest.hexdigest()
 
 

@@ -193,6 +193,41 @@ def encode(passages: Sequence[Passage], tokenizer: Tokenizer) -> list[Encoded]:
     return encoded
 
 
+def encode_prompt(content: str | list[Message], tokenizer: Tokenizer, origin: str) -> np.ndarray:
+    """Tokens that the policy is given to complete, ``(time,)``, int32.
+
+    Text gets the tokenizer's leading special tokens, but no end token; a conversation is written
+    by the chat template, up to where the assistant's next turn begins.
+
+    Raises
+    ------
+    ModelError
+        If a conversation is given and there is no chat template.
+    DataError
+        If the chat template refuses the conversation.
+    """
+    if isinstance(content, str):
+        ids = list(tokenizer(content, verbose=False)["input_ids"])
+        while (
+            ids
+            and ids[-1] == tokenizer.eos_token_id
+            and not content.endswith(str(tokenizer.eos_token))
+        ):
+            ids.pop()
+        return np.array(ids, dtype=np.int32)
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{origin} is a conversation, but the tokenizer has no chat template. Use a model that "
+            "was made for conversations, or rows of plain text."
+        )
+    try:
+        text = tokenizer.apply_chat_template(content, tokenize=False, add_generation_prompt=True)
+    except jinja2.TemplateError as error:
+        raise DataError(f"{origin}: the chat template refuses the conversation: {error}.") from None
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return np.array(ids, dtype=np.int32)
+
+
 def _counted(encoding: Encoding, spans: Sequence[tuple[int, int]]) -> Encoded:
     offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
     starts, ends = offsets[:, 0], offsets[:, 1]

@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +28,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from holdfast.errors import ModelError
-from holdfast.language.head import Head, TokenStatistics, token_statistics
+from holdfast.language.head import Head, token_statistics
 
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny-qwen2": (
@@ -103,6 +103,7 @@ class LanguagePolicy(nn.Module):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
+        self.value_head: nn.Linear | None = None
         self._check_head()
 
     @property
@@ -121,9 +122,14 @@ class LanguagePolicy(nn.Module):
         return 0
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, *, statistics: bool = False
-    ) -> TokenStatistics:
-        """Log-probabilities of the labels.
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        statistics: bool = False,
+        read: Callable[[Tensor, Head, Tensor], Any] | None = None,
+    ) -> Any:
+        """Log-probabilities of the labels, or whatever else is read from the hidden states.
 
         Parameters
         ----------
@@ -134,15 +140,33 @@ class LanguagePolicy(nn.Module):
             The token to be scored at each position, -100 where none is; not shifted.
         statistics : bool
             Also return entropy and correctness.
+        read : callable, optional
+            ``read(hidden, head, labels)`` with hidden states (batch, time - 1, width) and shifted
+            labels (batch, time - 1). Called within the forward pass, so that data-parallel
+            wrappers see what it uses.
 
         Returns
         -------
         TokenStatistics
-            Fields of shape (batch, time - 1): entry ``t`` scores ``labels[:, t + 1]``.
+            Fields of shape (batch, time - 1): entry ``t`` scores ``labels[:, t + 1]``. With
+            ``read``, what it returned.
         """
         decoder = self.base.get_decoder()
         hidden = decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+        if read is not None:
+            return read(hidden[:, :-1], self.head(), labels[:, 1:])
         return token_statistics(hidden[:, :-1], self.head(), labels[:, 1:], statistics=statistics)
+
+    def add_value_head(self) -> None:
+        """Give the policy an estimate of the return at every position: PPO's critic.
+
+        A linear layer on the hidden states, 0 at first. Once is enough.
+        """
+        if self.value_head is None:
+            weight = self.head().weight
+            self.value_head = nn.Linear(weight.shape[1], 1, device=weight.device)
+            nn.init.zeros_(self.value_head.weight)
+            nn.init.zeros_(self.value_head.bias)
 
     def head(self) -> Head:
         """The output layer, as the chunked projection reads it."""

@@ -10,6 +10,7 @@ projects nothing twice unless a row of the vocabulary is cut into several tiles.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -236,8 +237,9 @@ def mean_logits(hidden: Tensor, weight: Tensor | Head) -> Tensor:
     if head.softcap is not None:
         raise ValueError("the head has a softcap: the mean of its logits needs all of them")
     sums = operand_dtypes(hidden, head.weight)[1]
-    mean = hidden.to(sums) @ head.weight.to(sums).mean(0)
-    return (mean if head.bias is None else mean + head.bias.to(sums).mean()) * head.scale
+    # No matrix product: autocast would round it.
+    mean = (hidden.to(sums) * head.weight.mean(0, dtype=sums)).sum(-1)
+    return (mean if head.bias is None else mean + head.bias.mean(dtype=sums)) * head.scale
 
 
 # The path from arguments to tiles -----------------------------------------------------------------
@@ -327,14 +329,21 @@ class _Group:
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    activation: Activation
+    activation: Activation | None
+    """``None`` without a soft cap: then the logits are linear in the hidden states."""
     factor: float
-    """Of the activated logits; 1 where it is in ``hidden`` already."""
-    bias_factor: float = 1.0
+    """Of the projection, or of the activated logits."""
+    bias_factor: float
 
-    @property
-    def capped(self) -> bool:
-        return self.activation.outer is not None
+    def merge(self, hidden: Tensor, factor: float) -> None:
+        # A lone source keeps its hidden states as they are: what is multiplied here, operands of
+        # half precision round.
+        wide = torch.promote_types(self.hidden.dtype, torch.float32)
+        if self.factor != 1.0:
+            self.hidden = self.hidden.to(wide) * self.factor
+        self.hidden = self.hidden + hidden.to(wide) * factor
+        self.bias_factor += factor
+        self.factor = 1.0
 
 
 class _Target:
@@ -363,6 +372,8 @@ class _Target:
                     f"source {index} has hidden states of shape {tuple(hidden.shape)}, not "
                     f"{(*rows.shape, head.weight.shape[1])}"
                 )
+            if not math.isfinite(coefficient):
+                raise ValueError(f"source {index} has coefficient {coefficient}: it must be finite")
             flat = rows.gather(hidden.detach().reshape(-1, hidden.shape[-1]))
             self._add(flat, head, float(coefficient), temperature)
         self.offset = bonus.offset
@@ -374,42 +385,45 @@ class _Target:
         if bonus.token_ids is not None and bonus.amounts is not None:
             self.token_ids = rows.gather_positions("token_ids", bonus.token_ids)
             self.amounts = rows.gather_positions("amounts", bonus.amounts)
+            _check_ids(self.token_ids, vocab)
 
     def _add(self, hidden: Tensor, head: Head, coefficient: float, temperature: float) -> None:
         activation = Activation.of(head.scale, head.softcap, temperature)
         weight = head.weight.detach()
         bias = None if head.bias is None else head.bias.detach()
         if head.softcap is not None:
-            self.groups.append(_Group(hidden, weight, bias, activation, coefficient))
+            self.groups.append(_Group(hidden, weight, bias, activation, coefficient, 1.0))
             return
         factor = coefficient * activation.inner
-        scaled = hidden.to(torch.promote_types(hidden.dtype, torch.float32)) * factor
         for group in self.groups:
-            if _same(group.weight, weight) and _same(group.bias, bias) and not group.capped:
-                group.hidden = group.hidden + scaled
-                group.bias_factor += factor
+            if group.activation is None and _same(group.weight, weight) and _same(group.bias, bias):
+                group.merge(hidden, factor)
                 return
-        plain = Activation(1.0, None)
-        self.groups.append(_Group(scaled, weight, bias, plain, 1.0, factor))
+        self.groups.append(_Group(hidden, weight, bias, None, factor, factor))
+
+    @property
+    def needs_scratch(self) -> bool:
+        return any(group.activation is not None for group in self.groups[1:])
 
     def project(
         self, tokens: slice, vocab: slice, operands: torch.dtype, tile: Tensor, scratch: Tensor
     ) -> Tensor:
-        """The target's logits in a tile, in ``tile``; ``scratch`` is overwritten."""
-        total: Tensor | None = None
-        for group in self.groups:
-            space = tile if total is None else scratch
-            bias = group.bias
-            if bias is not None:
-                bias = bias[vocab].to(tile.dtype) * group.bias_factor
-            logits = project(
-                group.hidden[tokens].to(operands), group.weight[vocab].to(operands), bias, space
-            )
-            logits = group.activation.apply_(logits)
-            if group.factor != 1.0:
-                logits.mul_(group.factor)
-            total = logits if total is None else total.add_(logits)
-        assert total is not None
+        """The target's logits in a tile, in ``tile``; ``scratch`` is overwritten if needed."""
+        shape = tokens.stop - tokens.start, vocab.stop - vocab.start
+        total = tile[: shape[0] * shape[1]].view(shape)
+        for index, group in enumerate(self.groups):
+            hidden = group.hidden[tokens].to(operands)
+            columns = group.weight[vocab].to(operands)
+            bias = None if group.bias is None else group.bias[vocab].to(total.dtype)
+            if group.activation is None:
+                _accumulate_(total, hidden, columns, group.factor, anew=index == 0)
+                if bias is not None:
+                    total.add_(bias, alpha=group.bias_factor)
+            elif index == 0:
+                group.activation.apply_(project(hidden, columns, bias, tile)).mul_(group.factor)
+            else:
+                logits = group.activation.apply_(project(hidden, columns, bias, scratch))
+                total.add_(logits, alpha=group.factor)
         if self.offset is not None:
             total.add_(self.offset[tokens].unsqueeze(1))
         if self.token_ids is not None and self.amounts is not None:
@@ -419,6 +433,26 @@ class _Target:
             amounts = torch.where(inside, self.amounts[tokens], 0.0).to(total.dtype)
             total.scatter_add_(1, local.clamp(0, size - 1).unsqueeze(1), amounts.unsqueeze(1))
         return total
+
+
+def _check_ids(ids: Tensor, vocab: int) -> None:
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"token_ids has dtype {ids.dtype}: token ids are integers")
+    if bool(((ids < 0) | (ids >= vocab)).any()):
+        raise ValueError(
+            f"token_ids has ids from {int(ids.min())} to {int(ids.max())}: a counted id must lie "
+            f"in [0, {vocab})"
+        )
+
+
+def _accumulate_(
+    total: Tensor, hidden: Tensor, weight: Tensor, factor: float, *, anew: bool
+) -> None:
+    """``total += factor * hidden @ weight.T``, or ``total =``, summed in the dtype of ``total``."""
+    options: dict[str, Any] = {"beta": 0.0 if anew else 1.0, "alpha": factor, "out": total}
+    if hidden.dtype != total.dtype:
+        options["out_dtype"] = total.dtype
+    torch.addmm(total, hidden, weight.T, **options)
 
 
 def _same(left: Tensor | None, right: Tensor | None) -> bool:
@@ -487,7 +521,7 @@ class _TiledMatch(torch.autograd.Function):
         ]
         grad_hidden, grad_weight, grad_bias = grads
         size = tile_tokens * tile_vocab
-        space = [losses.new_empty(size) for _ in range(2 + (len(target.groups) > 1))]
+        space = [losses.new_empty(size) for _ in range(2 + target.needs_scratch)]
         whole = vocab <= tile_vocab
         row_weights = row_weights.to(sums)
         factors = (row_weights * activation.inner).unsqueeze(1)
@@ -535,8 +569,13 @@ class _TiledMatch(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        # The gradient of a vocabulary matrix is large. It is scaled where it lies, unless the graph
+        # may be walked again.
+        kept = torch._C._autograd._get_current_graph_task_keep_graph()
         grads = [
-            None if grad is None else (grad * grad_total).to(dtype)
+            None
+            if grad is None
+            else (grad * grad_total if kept else grad.mul_(grad_total)).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*grads, *(None,) * 6)

@@ -1,7 +1,9 @@
 """Losses of language models: pure functions from tensors to loss terms."""
 
 from holdfast.language.losses.aggregation import Aggregation, aggregate, average
+from holdfast.language.losses.distillation import gkd, minillm_advantages
 from holdfast.language.losses.likelihood import nll, nll_from_statistics, sequence_logps
+from holdfast.language.losses.logits_convex import lco_kl, lco_log_cosh, lco_mse, optimal_logits
 from holdfast.language.losses.preference import Variant, dpo
 
 __all__ = [
@@ -10,7 +12,13 @@ __all__ = [
     "aggregate",
     "average",
     "dpo",
+    "gkd",
+    "lco_kl",
+    "lco_log_cosh",
+    "lco_mse",
+    "minillm_advantages",
     "nll",
     "nll_from_statistics",
+    "optimal_logits",
     "sequence_logps",
 ]

@@ -1,0 +1,375 @@
+"""On-policy samples as a source: prompts in, completions with rewards and signals out."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from holdfast.errors import TrainingError
+from holdfast.joint.batches import Batches
+from holdfast.language.data import Encoded, Prompt
+from holdfast.language.generate import Completion, Generator, Sampling
+from holdfast.language.rewards import Rewards
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rollout:
+    """One completion of a prompt by the policy.
+
+    Attributes
+    ----------
+    tokens : Encoded
+        Prompt and completion; the completion counts.
+    origin : str
+        Where the prompt came from.
+    completed : bool
+        The completion ended by itself.
+    reward : float
+        Weighted sum of the rewards; nan where no function gave one.
+    rewards : dict of str to float
+        By function.
+    group_std : float
+        Standard deviation of the reward among the completions of the same prompt.
+    samples : int
+        Completions that the source had drawn in all once this one was there.
+    signals : dict of str to Tensor
+        What the loss needs besides, by counted token: ``(counted, ...)``.
+    """
+
+    tokens: Encoded
+    origin: str
+    completed: bool
+    reward: float = math.nan
+    rewards: dict[str, float] = field(default_factory=dict)
+    group_std: float = 0.0
+    samples: int = 0
+    signals: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the whole sequence."""
+        return self.tokens.length
+
+    @property
+    def counted(self) -> int:
+        """Tokens of the completion that count."""
+        return int(self.tokens.counted.sum())
+
+    def to_json(self) -> dict[str, Any]:
+        plain = {name: getattr(self, name) for name in _PLAIN}
+        return {**plain, "tokens": self.tokens.to_json()}
+
+
+_PLAIN = ("origin", "completed", "reward", "rewards", "group_std", "samples")
+
+
+class Annotate(Protocol):
+    """Adds to rollouts what their loss needs."""
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """Signals of models: each row on its own, so that rows may be shared among processes."""
+        ...
+
+    def credit(self, rollouts: Sequence[Rollout], num_generations: int) -> list[Rollout]:
+        """Advantages: of the whole batch of rollouts, groups in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class RolloutOptions:
+    """How many rollouts are drawn, and how often they are used; names as in TRL.
+
+    Attributes
+    ----------
+    batch_size : int
+        Completions that an optimiser step takes.
+    num_generations : int
+        Completions of each prompt. Divides ``batch_size * steps_per_generation``.
+    steps_per_generation : int
+        Optimiser steps that one batch of rollouts is cut into.
+    num_iterations : int
+        Passes over a batch of rollouts.
+    dynamic_sampling : bool
+        Replace groups whose rewards are all the same by those of new prompts (DAPO). What was
+        drawn in vain counts as drawn.
+    max_resampling : int
+        Batches that are drawn to that end, at most. After them the rest is taken as it is.
+    mask_truncated_completions : bool
+        Completions that did not end by themselves count for nothing.
+    """
+
+    batch_size: int
+    num_generations: int = 8
+    steps_per_generation: int = 1
+    num_iterations: int = 1
+    dynamic_sampling: bool = False
+    max_resampling: int = 4
+    mask_truncated_completions: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "num_generations", "steps_per_generation", "num_iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.drawn % self.num_generations:
+            raise ValueError(
+                f"num_generations is {self.num_generations}, which does not divide the "
+                f"{self.drawn} completions of a batch of rollouts (batch_size {self.batch_size} "
+                f"times steps_per_generation {self.steps_per_generation})"
+            )
+
+    @property
+    def drawn(self) -> int:
+        """Completions in a batch of rollouts."""
+        return self.batch_size * self.steps_per_generation
+
+    @property
+    def uses(self) -> int:
+        """Optimiser steps that a batch of rollouts serves."""
+        return self.steps_per_generation * self.num_iterations
+
+
+class Rollouts:
+    """Batches of the policy's own completions, without end.
+
+    Rollouts are drawn when a batch is asked for and none are left. The state holds those that are
+    half used, so that a resumed run goes on with them.
+
+    Parameters
+    ----------
+    prompts : sequence of Prompt
+    generator : Generator
+        Draws completions with the policy as it stands.
+    sampling : Sampling
+    rewards : Rewards, optional
+        ``None``: the loss needs none (distillation).
+    annotate : Annotate
+    options : RolloutOptions
+    decode : callable
+        From token ids to text, for reward functions.
+    seed : int
+        Of prompts and completions.
+    share : callable, optional
+        ``share(work, items)``: ``work`` on the items, divided among processes, results in order.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        generator: Generator,
+        sampling: Sampling,
+        rewards: Rewards | None,
+        annotate: Annotate,
+        options: RolloutOptions,
+        *,
+        decode: Callable[[Sequence[int]], str],
+        seed: int,
+        share: Callable[[Callable[[Sequence[Any]], list[Any]], Sequence[Any]], list[Any]]
+        | None = None,
+    ) -> None:
+        self.generator = generator
+        self.sampling = sampling
+        self.rewards = rewards
+        self.annotate = annotate
+        self.options = options
+        self.decode = decode
+        self.seed = seed
+        self._share = share or (lambda work, items: work(items))
+        self._prompts = Batches(prompts, options.drawn // options.num_generations, seed=seed)
+        self.samples = 0
+        """Completions drawn so far."""
+        self.round = 0
+        """Batches of rollouts drawn so far."""
+        self.used = 0
+        """Batches that were handed out of the current rollouts."""
+        self._rollouts: list[Rollout] = []
+
+    def next(self) -> list[Rollout]:
+        """The rollouts of the next optimiser step."""
+        if not self._rollouts or self.used == self.options.uses:
+            self._rollouts = self._collect()
+            self.round += 1
+            self.used = 0
+        iteration, step = divmod(self.used, self.options.steps_per_generation)
+        order = list(range(len(self._rollouts)))
+        if self.options.steps_per_generation > 1:
+            random.Random(f"{self.seed}/{self.round}/{iteration}").shuffle(order)
+        size = self.options.batch_size
+        batch = [self._rollouts[index] for index in order[step * size : (step + 1) * size]]
+        self.used += 1
+        if self.used == self.options.uses:
+            self._rollouts = []
+        return batch
+
+    def _collect(self) -> list[Rollout]:
+        wanted = self.options.drawn
+        kept: list[Rollout] = []
+        spare: list[Rollout] = []
+        for attempt in range(1 + self.options.max_resampling):
+            drawn = self._draw(self._prompts.next(), attempt)
+            self.samples += len(drawn)
+            if not self.options.dynamic_sampling:
+                kept = drawn
+                break
+            for group in _groups(drawn, self.options.num_generations):
+                (kept if group[0].group_std > 0 else spare).extend(group)
+            if len(kept) >= wanted:
+                break
+        rollouts = (kept + spare)[:wanted]
+        rollouts = [replace(row, samples=self.samples) for row in rollouts]
+        credited = self.annotate.credit(rollouts, self.options.num_generations)
+        if self.options.mask_truncated_completions:
+            credited = [row if row.completed else _masked(row) for row in credited]
+        if not any(row.counted for row in credited):
+            raise TrainingError(
+                f"none of {len(credited)} completions ended within max_completion_length "
+                f"{self.sampling.max_completion_length}, so that mask_truncated_completions leaves "
+                "no token to learn from. Raise max_completion_length, give stop_strings, or train "
+                "the policy to end its completions first."
+            )
+        return credited
+
+    def _draw(self, prompts: Sequence[Prompt], attempt: int) -> list[Rollout]:
+        count = self.options.num_generations
+        names = [
+            (prompt, f"{self.seed}/{self.round}/{attempt}/{index}")
+            for index, prompt in enumerate(prompts)
+        ]
+
+        def work(part: Sequence[tuple[Prompt, str]]) -> list[list[Rollout]]:
+            if not part:
+                return []
+            repeated = [prompt for prompt, _ in part for _ in range(count)]
+            seeds = [seed_of(f"{name}/{n}") for _, name in part for n in range(count)]
+            rollouts = sample(
+                repeated, seeds, self.generator, self.sampling, self.rewards, self.decode
+            )
+            rollouts = self.annotate.score(_with_spread(rollouts, count))
+            return list(_groups(rollouts, count))
+
+        return [row for group in self._share(work, names) for row in group]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "prompts": self._prompts.state_dict(),
+            "samples": self.samples,
+            "round": self.round,
+            "used": self.used,
+            "rollouts": [_pack(row) for row in self._rollouts],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._prompts.load_state_dict(state["prompts"])
+        self.samples, self.round = int(state["samples"]), int(state["round"])
+        self.used = int(state["used"])
+        self._rollouts = [_unpack(row) for row in state["rollouts"]]
+
+
+def sample(
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    generator: Generator,
+    sampling: Sampling,
+    rewards: Rewards | None,
+    decode: Callable[[Sequence[int]], str],
+) -> list[Rollout]:
+    """One rewarded completion of every prompt.
+
+    Conversational prompts are answered by a message of the assistant.
+    """
+    completions = generator([prompt.input_ids for prompt in prompts], seeds, sampling)
+    rollouts = [
+        Rollout(_joined(prompt, completion), prompt.origin, completion.completed)
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    if rewards is None:
+        return rollouts
+    ids = [completion.ids.tolist() for completion in completions]
+    texts: list[Any] = [decode(row) for row in ids]
+    texts = [
+        text if isinstance(prompt.content, str) else [{"role": "assistant", "content": text}]
+        for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+    columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+    table = rewards([prompt.content for prompt in prompts], texts, ids, columns)
+    return [
+        replace(
+            row,
+            reward=float(table.total[index]),
+            rewards={name: float(values[index]) for name, values in table.by_function.items()},
+        )
+        for index, row in enumerate(rollouts)
+    ]
+
+
+def seed_of(name: str) -> int:
+    """A seed of 63 bits from a name."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
+
+
+def _joined(prompt: Prompt, completion: Completion) -> Encoded:
+    counted = np.zeros(len(prompt.input_ids) + len(completion.ids), dtype=bool)
+    counted[len(prompt.input_ids) :] = True
+    return Encoded(np.concatenate([prompt.input_ids, completion.ids]), counted)
+
+
+def _groups(rollouts: Sequence[Rollout], size: int) -> list[list[Rollout]]:
+    return [list(rollouts[start : start + size]) for start in range(0, len(rollouts), size)]
+
+
+def _with_spread(rollouts: Sequence[Rollout], size: int) -> list[Rollout]:
+    found = []
+    for group in _groups(rollouts, size):
+        rewards = np.array([row.reward for row in group])
+        rewards = rewards[np.isfinite(rewards)]
+        spread = float(rewards.std(ddof=1)) if len(rewards) > 1 else 0.0
+        found += [replace(row, group_std=spread) for row in group]
+    return found
+
+
+def _masked(row: Rollout) -> Rollout:
+    tokens = Encoded(row.tokens.input_ids, np.zeros_like(row.tokens.counted))
+    return replace(row, tokens=tokens, signals={k: v[:0] for k, v in row.signals.items()})
+
+
+def _pack(row: Rollout) -> dict[str, Any]:
+    plain = {name: getattr(row, name) for name in _PLAIN}
+    # JSON has no nan.
+    plain["reward"] = None if math.isnan(row.reward) else row.reward
+    plain["rewards"] = {k: None if math.isnan(v) else v for k, v in row.rewards.items()}
+    # Copies, since safetensors takes no two tensors that share memory.
+    tensors = {f"signal/{name}": value.clone() for name, value in row.signals.items()}
+    return {
+        **plain,
+        **tensors,
+        "input_ids": torch.from_numpy(row.tokens.input_ids),
+        "counted": torch.from_numpy(row.tokens.counted),
+    }
+
+
+def _unpack(state: Mapping[str, Any]) -> Rollout:
+    def number(value: float | None) -> float:
+        return math.nan if value is None else float(value)
+
+    return Rollout(
+        tokens=Encoded(state["input_ids"].numpy(), state["counted"].numpy()),
+        origin=state["origin"],
+        completed=bool(state["completed"]),
+        reward=number(state["reward"]),
+        rewards={name: number(value) for name, value in state["rewards"].items()},
+        group_std=float(state["group_std"]),
+        samples=int(state["samples"]),
+        signals={
+            name.removeprefix("signal/"): value
+            for name, value in state.items()
+            if name.startswith("signal/")
+        },
+    )

@@ -1,0 +1,138 @@
+"""The whole of a recipe, and what its parts demand of one another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from holdfast.errors import nearest
+from holdfast.schema.base import Spec
+from holdfast.schema.objectives import DpoSpec, NllSpec
+from holdfast.schema.policies import LanguagePolicySpec
+from holdfast.schema.schedules import AlrightSpec, MaxrightSpec, MixSpec, SequentialSpec
+
+
+class TrainingSpec(Spec):
+    """How to train; names as in ``transformers.TrainingArguments``."""
+
+    max_steps: int = Field(ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    lr_scheduler_type: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt"
+    ] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    bf16: bool = Field(False, description="compute in bfloat16; weights stay in policy.dtype")
+    gradient_checkpointing: bool = False
+    eval_steps: int = Field(100, ge=1)
+    save_steps: int = Field(100, ge=1)
+    save_total_limit: int = Field(2, ge=1)
+    early_stopping_patience: int | None = Field(None, ge=1)
+    early_stopping_threshold: float = Field(0.0, ge=0)
+    max_refusals: int = Field(3, ge=0, description="non-finite steps before training stops")
+    seed: int = Field(0, ge=0)
+    report_to: tuple[str, ...] = Field(
+        (), description="accelerate's trackers: tensorboard, wandb, …"
+    )
+
+    @model_validator(mode="after")
+    def _warmup(self) -> TrainingSpec:
+        if self.warmup_steps and self.lr_scheduler_type == "constant":
+            raise ValueError(
+                "warmup_steps does nothing with lr_scheduler_type constant: use "
+                "constant_with_warmup, or set it to 0"
+            )
+        return self
+
+
+AnyObjective = Annotated[NllSpec | DpoSpec, Field(discriminator="kind")]
+AnySchedule = Annotated[
+    SequentialSpec | MixSpec | AlrightSpec | MaxrightSpec, Field(discriminator="kind")
+]
+
+
+def kinds(union: Any) -> tuple[type[BaseModel], ...]:
+    """The specs of a union such as :data:`AnyObjective`."""
+    return get_args(get_args(union)[0])
+
+
+class Recipe(Spec):
+    """Everything a run is made of."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    policy: LanguagePolicySpec
+    # A name is also part of file names and of dotted paths.
+    objectives: dict[
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")], AnyObjective
+    ] = Field(min_length=1)
+    schedule: AnySchedule
+    training: TrainingSpec
+    output: str | None = Field(None, description="the run directory; default: runs/NAME")
+
+    @model_validator(mode="after")
+    def _together(self) -> Recipe:
+        for name in self.schedule.objectives:
+            if name not in self.objectives:
+                raise PydanticCustomError(
+                    "absent_objective",
+                    "names objective '{name}', which is not defined{near} Defined: {known}",
+                    {
+                        "where": f"schedule.{self.schedule.where(name)}",
+                        "name": name,
+                        "near": nearest(name, self.objectives),
+                        "known": ", ".join(self.objectives),
+                    },
+                )
+        for name, objective in self.objectives.items():
+            needs_probe = isinstance(self.schedule, MaxrightSpec) or (
+                isinstance(self.schedule, SequentialSpec)
+                and any(
+                    stage.loss_below is not None and name in stage.stage().weights
+                    for stage in self.schedule.stages
+                )
+            )
+            if needs_probe and name in self.schedule.objectives and objective.data.probe == 0:
+                raise PydanticCustomError(
+                    "no_probe",
+                    "is 0, but schedule {kind} evaluates this objective on probe rows",
+                    {"where": f"objectives.{name}.data.probe", "kind": self.schedule.kind},
+                )
+            needs_optimum = (
+                isinstance(self.schedule, MaxrightSpec) and name in self.schedule.weights
+            )
+            if needs_optimum and objective.optimum is None:
+                raise PydanticCustomError(
+                    "no_optimum",
+                    "is missing, and schedule maxright needs it: give a number, or auto",
+                    {"where": f"objectives.{name}.optimum"},
+                )
+            if objective.optimum == "auto" and not (
+                objective.data.held_out or objective.data.held_out_path
+            ):
+                raise PydanticCustomError(
+                    "no_held_out",
+                    "is auto, which evaluates on held-out rows, but data.held_out is 0",
+                    {"where": f"objectives.{name}.optimum"},
+                )
+        return self
+
+    def dump(self) -> dict[str, Any]:
+        """As plain values that :func:`parse_recipe` reads back."""
+        return self.model_dump(mode="json")
+
+    def fingerprint(self) -> str:
+        """Digest of what decides the numbers of a run: all but names and where it is written."""
+        values = self.dump()
+        for entry in ("name", "description", "output"):
+            values.pop(entry)
+        values["training"].pop("report_to")
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
