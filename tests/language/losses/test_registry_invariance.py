@@ -7,6 +7,7 @@ step is that of the summed totals over the summed counts, as the trainer compute
 import inspect
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import get_type_hints
 
 import pytest
@@ -18,7 +19,16 @@ from torch import Tensor
 from holdfast.joint import LossTerms
 from holdfast.language import losses
 from holdfast.language.head import Head, TokenStatistics, token_statistics
-from holdfast.language.losses import dpo, nll, nll_from_statistics, sequence_logps
+from holdfast.language.losses import (
+    dpo,
+    gkd,
+    lco_kl,
+    lco_log_cosh,
+    lco_mse,
+    nll,
+    nll_from_statistics,
+    sequence_logps,
+)
 
 VOCAB, WIDTH, IGNORED = 13, 4, -100
 
@@ -86,6 +96,15 @@ def preference(variant: str, label_smoothing: float = 0.0, *, mean: bool = False
     return loss
 
 
+def matching(match: Callable[[Tensor, Tensor, Tensor], LossTerms]) -> Loss:
+    def loss(policy: Policy, rows: Sequence[Row], padding: int) -> LossTerms:
+        hidden, labels = policy.batch([row[0] for row in rows], padding)
+        target = hidden.detach().sin() @ policy.weight.detach().flip(0).T
+        return match(hidden @ policy.weight.T, target, labels != IGNORED)
+
+    return loss
+
+
 LOSSES: dict[str, Loss] = {
     **{
         f"{name}, {aggregation}": make(aggregation, length)
@@ -101,6 +120,10 @@ LOSSES: dict[str, Loss] = {
     "dpo, sigmoid with smoothing": preference("sigmoid", 0.2),
     "dpo, ipo": preference("ipo", mean=True),
     "dpo, hinge": preference("hinge"),
+    "lco_kl": matching(lco_kl),
+    "lco_log_cosh": matching(lco_log_cosh),
+    "lco_mse": matching(lco_mse),
+    **{f"gkd, {beta}": matching(partial(gkd, beta=beta)) for beta in (0.0, 0.5, 1.0)},
 }
 
 
