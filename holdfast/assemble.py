@@ -6,7 +6,7 @@ import hashlib
 import os
 import random
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from holdfast.assemble_on_policy import Models, on_policy_objective
 from holdfast.errors import DataError, RecipeError
 from holdfast.joint import Alright, Maxright, Mix, Objective, Schedule, Sequential
 from holdfast.joint.batches import Batches
@@ -21,9 +22,12 @@ from holdfast.joint.checkpoint import Checkpoints
 from holdfast.joint.record import Recorder
 from holdfast.joint.trainer import Trainer, TrainerOptions
 from holdfast.language.data import (
+    Demonstration,
+    Prompt,
     fingerprint,
     load_demonstrations,
     load_preferences,
+    load_prompts,
     read_rows,
     split_rows,
 )
@@ -35,10 +39,14 @@ from holdfast.language.tokenizers import build_tokenizer, train_bpe
 from holdfast.schema import (
     AlrightSpec,
     DpoSpec,
+    GkdSpec,
     LanguagePolicySpec,
     MaxrightSpec,
     MixSpec,
     NllSpec,
+    ObjectiveSpec,
+    OnPolicySpec,
+    PpoSpec,
     Recipe,
 )
 
@@ -106,7 +114,10 @@ def assemble(
     if recipe.training.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     policy.to(accelerator.device)
+    if any(isinstance(spec, PpoSpec) for spec in recipe.objectives.values()):
+        policy.add_value_head()
     weights = policy.fingerprint()
+    models = Models(policy, recipe.policy.dtype, accelerator.device)
     objectives: dict[str, Objective] = {}
     digests: dict[str, str] = {}
     for name, spec in recipe.objectives.items():
@@ -117,6 +128,19 @@ def assemble(
             )
         train, probe, held_out = _rows(name, spec, policy, say)
         digests[name] = _digest(weights, *(fingerprint(part) for part in (train, probe, held_out)))
+        if isinstance(spec, OnPolicySpec):
+            objectives[name] = on_policy_objective(
+                name,
+                spec,
+                policy,
+                (train, probe, held_out),
+                _demonstrations_of(name, spec, train, policy),
+                models,
+                accelerator,
+                recipe.training.seed,
+            )
+            continue
+        assert isinstance(spec, NllSpec | DpoSpec)
         if isinstance(spec, DpoSpec):
             reference = policy
             if spec.reference is not None:
@@ -140,7 +164,7 @@ def assemble(
             optimum=spec.optimum if isinstance(spec.optimum, float) else None,
             micro_batch_size=spec.micro_batch_size or spec.batch_size,
         )
-    everything = _digest(recipe.fingerprint(), *digests.values())
+    everything = _digest(recipe.fingerprint(), *digests.values(), *models.fingerprints())
     keys = {name: _digest(alone(recipe, name).fingerprint(), digests[name]) for name in objectives}
     return Assembly(policy, objectives, everything, keys)
 
@@ -229,11 +253,37 @@ def _tokenizer(spec: LanguagePolicySpec, saved: Path | None) -> Any:
     return build_tokenizer()
 
 
+def _demonstrations_of(
+    name: str, spec: OnPolicySpec, prompts: Sequence[Prompt], policy: LanguagePolicy
+) -> list[Demonstration]:
+    """The data's own completions of training prompts, where an objective takes some of them."""
+    if not isinstance(spec, GkdSpec) or spec.lmbda == 1:
+        return []
+    wanted = {prompt.origin for prompt in prompts}
+    raw = read_rows(spec.data.path, base=Path(), split=spec.data.split)
+    limit = spec.data.max_length + spec.max_completion_length
+    rows = [row for row in raw if row.origin in wanted]
+    try:
+        found, _ = load_demonstrations(
+            rows, policy.tokenizer, max_length=limit, bad_rows=spec.data.bad_rows
+        )
+    except DataError as error:
+        raise DataError(
+            f"objectives.{name}: lmbda is {spec.lmbda}, so completions of the data are needed as "
+            f"well (lmbda: 1 takes only the policy's own). {error}"
+        ) from error
+    return list(found)
+
+
 def _rows(
-    name: str, spec: NllSpec | DpoSpec, policy: LanguagePolicy, say: Callable[[str], None]
+    name: str, spec: ObjectiveSpec, policy: LanguagePolicy, say: Callable[[str], None]
 ) -> tuple[list[Any], list[Any], list[Any]]:
     data = spec.data
-    load = load_preferences if isinstance(spec, DpoSpec) else load_demonstrations
+    load: Callable[..., tuple[list[Any], dict[str, int]]] = load_demonstrations
+    if isinstance(spec, DpoSpec):
+        load = load_preferences
+    elif isinstance(spec, OnPolicySpec):
+        load = load_prompts
 
     def encoded(path: str, split: str) -> list[Any]:
         raw = read_rows(path, base=Path(), split=split)

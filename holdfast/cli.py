@@ -157,7 +157,7 @@ def list_() -> None:
         ("schedule", schema.kinds(schema.AnySchedule)),
     ):
         for spec in known:
-            kinds.add_row(part, spec.model_fields["kind"].default, spec.__doc__)
+            kinds.add_row(part, ", ".join(schema.names_of(spec)), spec.__doc__)
     console.print(kinds)
 
 

@@ -6,7 +6,7 @@ valid name. What an entry may be stands in :mod:`holdfast.schema`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,16 @@ import yaml
 from pydantic import ValidationError
 
 from holdfast.errors import RecipeError, nearest
-from holdfast.schema import AnyObjective, AnySchedule, DpoSpec, Recipe, kinds
+from holdfast.schema import (
+    AnyObjective,
+    AnySchedule,
+    OnPolicySpec,
+    Recipe,
+    RewardedSpec,
+    RewardSpec,
+    kinds,
+    names_of,
+)
 
 SHIPPED = Path(__file__).parent / "recipes"
 
@@ -152,8 +161,16 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
             }
         )
         update: dict[str, Any] = {"data": data}
-        if isinstance(objective, DpoSpec):
-            update["reference"] = local(objective.reference)
+        for entry in ("reference", "teacher_model_name_or_path", "log_probability_model"):
+            if hasattr(objective, entry):
+                update[entry] = local(getattr(objective, entry))
+        if isinstance(objective, RewardedSpec) and objective.preference is not None:
+            models = objective.preference.model_dump(include={"reward_model", "reference_model"})
+            update["preference"] = objective.preference.model_copy(
+                update={key: local(model) for key, model in models.items()}
+            )
+        if isinstance(objective, OnPolicySpec):
+            update["rewards"] = tuple(_reward(reward, local) for reward in objective.rewards)
         objectives[name] = objective.model_copy(update=update)
     return recipe.model_copy(
         update={
@@ -166,6 +183,15 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
             "objectives": objectives,
         }
     )
+
+
+def _reward(reward: RewardSpec, local: Callable[[str | None], str | None]) -> RewardSpec:
+    file, colon, function = reward.name.rpartition(":")
+    options = dict(reward.options)
+    if "model_name_or_path" in options:
+        options["model_name_or_path"] = local(options["model_name_or_path"])
+    name = f"{local('./' + file)}:{function}" if colon and not Path(file).is_absolute() else None
+    return reward.model_copy(update={"name": name or reward.name, "options": options})
 
 
 _DATA_SUFFIXES = (".jsonl", ".gz", ".parquet", ".csv", ".json", ".txt")
@@ -226,7 +252,7 @@ def _message(entry: Any, file: Path, lines: Mapping[str, int]) -> str:
 
 
 _TAGS = {"str", "tuple[str, ...]"} | {
-    spec.model_fields["kind"].default for spec in (*kinds(AnyObjective), *kinds(AnySchedule))
+    name for spec in (*kinds(AnyObjective), *kinds(AnySchedule)) for name in names_of(spec)
 }
 
 _SHAPES = {

@@ -166,23 +166,22 @@ def unpack_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": packed["groups"]})
 
 
-def separate(state: Any, where: str = "") -> tuple[Any, dict[str, Tensor]]:
-    """Split nested mappings and lists into JSON values and tensors by dotted path."""
-    if isinstance(state, Tensor):
-        return {_TENSOR: where}, {where: state}
-    items: Any
-    if isinstance(state, Mapping):
-        items = state.items()
-    elif isinstance(state, list | tuple):
-        items = enumerate(state)
-    else:
-        return state, {}
+def separate(state: Any) -> tuple[Any, dict[str, Tensor]]:
+    """Split nested mappings and lists into JSON values, and numbered tensors that they refer to."""
     tensors: dict[str, Tensor] = {}
-    plain = {}
-    for key, value in items:
-        plain[key], found = separate(value, f"{where}.{key}" if where else str(key))
-        tensors |= found
-    return (plain if isinstance(state, Mapping) else list(plain.values())), tensors
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            name = str(len(tensors))
+            tensors[name] = value
+            return {_TENSOR: name}
+        if isinstance(value, Mapping):
+            return {key: plain(entry) for key, entry in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(entry) for entry in value]
+        return value
+
+    return plain(state), tensors
 
 
 def reunite(plain: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -83,7 +83,7 @@ class Objective:
         Smaller is better.
     observed : callable
         From the means of a training batch to what stands for them in a schedule's gaps, in the
-        units of ``evaluate``. By default their loss.
+        units of ``evaluate``; ``None`` where the batch says nothing of it. By default their loss.
     held_out : sequence of rows
         Rows for evaluation. Never trained on, and used to choose an update only through
         an optimum that was found on them.
@@ -100,7 +100,7 @@ class Objective:
     loss: Callable[[nn.Module, Sequence[Row]], LossTerms]
     source: Source
     evaluate: Callable[[nn.Module, Sequence[Row]], LossTerms] | None = None
-    observed: Callable[[Summary], float] = field(default=lambda summary: summary.loss)
+    observed: Callable[[Summary], float | None] = field(default=lambda summary: summary.loss)
     held_out: Sequence[Row] = ()
     probe: Sequence[Row] = ()
     optimum: float | None = None

@@ -250,7 +250,9 @@ class Trainer:
         if refused is None:
             self._optimizer.step()
             for name, summary in summaries.items():
-                self.schedule.observe(name, self.objectives[name].observed(summary))
+                seen = self.objectives[name].observed(summary)
+                if seen is not None:
+                    self.schedule.observe(name, seen)
         self._optimizer.zero_grad(set_to_none=True)
         learning_rate = self._lr.get_last_lr()[0]
         with warnings.catch_warnings():

@@ -92,11 +92,23 @@ class TransformersGenerator:
         Asked in evaluation mode, as it stands when called.
     batch_size : int
         Prompts in a forward pass.
+    teacher, alpha : LanguagePolicy and float, optional
+        Every token is drawn from ``alpha`` times the teacher's distribution plus ``1 - alpha``
+        times the policy's (MiniLLM, section 2.2). The vocabularies must be the same.
     """
 
-    def __init__(self, policy: LanguagePolicy, batch_size: int = 256) -> None:
+    def __init__(
+        self,
+        policy: LanguagePolicy,
+        batch_size: int = 256,
+        *,
+        teacher: LanguagePolicy | None = None,
+        alpha: float = 0.0,
+    ) -> None:
         self.policy = policy
         self.batch_size = batch_size
+        self.teacher = teacher
+        self.alpha = alpha
 
     def __call__(
         self, prompts: Sequence[np.ndarray], seeds: Sequence[int], sampling: Sampling
@@ -126,6 +138,10 @@ class TransformersGenerator:
         ids, mask = _left_padded(prompts, policy.pad_id)
         width = ids.shape[1]
         ended = _Ended(len(prompts), width, tokenizer, sampling.stop_strings)
+        processors = LogitsProcessorList()
+        if self.teacher is not None and self.alpha:
+            processors.append(_Mixture(self.teacher, self.alpha, mask, sampling.temperature))
+        processors.append(_Draw(seeds, width, sampling))
         model: Any = policy.model
         output = model.generate(
             input_ids=ids.to(device),
@@ -137,7 +153,7 @@ class TransformersGenerator:
                 pad_token_id=policy.pad_id,
                 use_cache=True,
             ),
-            logits_processor=LogitsProcessorList([_Draw(seeds, width, sampling)]),
+            logits_processor=processors,
             stopping_criteria=StoppingCriteriaList([ended]),
         )
         tokens = output[:, width:].cpu().numpy().astype(np.int32)
@@ -172,6 +188,38 @@ class _Draw(LogitsProcessor):
         level = torch.from_numpy(numbers).to(scores.device).unsqueeze(1) * cumulative[:, -1:]
         drawn = (cumulative <= level).sum(-1, keepdim=True).clamp_(max=scores.shape[1] - 1)
         return torch.full_like(scores, -math.inf).scatter_(1, drawn, 0.0)
+
+
+class _Mixture(LogitsProcessor):
+    """Scores whose softmax at the sampling temperature is that of policy and teacher, mixed."""
+
+    def __init__(
+        self, teacher: LanguagePolicy, alpha: float, mask: Tensor, temperature: float
+    ) -> None:
+        self.model: Any = teacher.model.eval()
+        self.alpha = alpha
+        self.mask = mask
+        self.temperature = temperature
+        self.cache: Any = None
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        missing = input_ids.shape[1] - self.mask.shape[1]
+        mask = torch.nn.functional.pad(self.mask, (0, missing), value=1).to(input_ids.device)
+        places = (mask.cumsum(-1) - 1).clamp(min=0)
+        if self.cache is not None:
+            input_ids, places = input_ids[:, -1:], places[:, -1:]
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=places,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.cache = output.past_key_values
+        theirs = (output.logits[:, -1].float() / self.temperature).log_softmax(-1)
+        own = (scores.float() / self.temperature).log_softmax(-1)
+        mixed = torch.logaddexp(theirs + math.log(self.alpha), own + math.log1p(-self.alpha))
+        return mixed * self.temperature
 
 
 def uniform(seeds: np.ndarray, position: int) -> np.ndarray:

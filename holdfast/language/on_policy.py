@@ -29,6 +29,7 @@ from holdfast.language.head import (
     token_statistics,
 )
 from holdfast.language.losses.aggregation import Aggregation, aggregate
+from holdfast.language.losses.distillation import minillm_advantages
 from holdfast.language.losses.policy_gradient import kl_k3, value_loss
 from holdfast.language.model import LanguagePolicy
 from holdfast.language.rewards import Rewards
@@ -64,8 +65,13 @@ class Signals:
         Preference-tuned model, its reference and ``beta_rm``: the advantage of a sampled token is
         ``beta_rm (log pi_rm - log pi_ref)``.
     critic : tuple of (float, float), optional
-        Discount and trace of generalised advantage estimation with the policy's value head, on the
-        reward at the last token.
+        Discount and trace of generalised advantage estimation with the policy's value head. The
+        reward is that of the last token, or ``preference`` of every token.
+    minillm : tuple of (Frozen, float, bool), optional
+        Teacher, its share in sampling, and whether to normalise by length: the advantage is
+        MiniLLM's reward of later tokens, and ``old_logps`` are those of the mixture.
+    whiten : bool
+        Advantages get mean 0 and deviation 1 over the tokens of a batch of rollouts.
     """
 
     policy: LanguagePolicy
@@ -76,6 +82,8 @@ class Signals:
     reference: Frozen | None = None
     preference: tuple[Frozen, Frozen, float] | None = None
     critic: tuple[float, float] | None = None
+    minillm: tuple[Frozen, float, bool] | None = None
+    whiten: bool = False
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         signals: list[dict[str, Tensor]] = [{} for _ in rollouts]
@@ -104,6 +112,21 @@ class Signals:
             above = self._logps_of(tuned, rollouts, 1.0)
             below = self._logps_of(reference, rollouts, 1.0)
             keep("advantages", [beta * (a - b) for a, b in zip(above, below, strict=True)])
+        if self.minillm is not None:
+            teacher, alpha, by_length = self.minillm
+            theirs = self._logps_of(teacher, rollouts, self.temperature)
+            for into, logps in zip(signals, theirs, strict=True):
+                own_logps, everything = into["old_logps"], torch.ones(1, len(logps)).bool()
+                into["advantages"] = minillm_advantages(
+                    logps.unsqueeze(0),
+                    own_logps.unsqueeze(0),
+                    everything.to(logps.device),
+                    length_normalization=by_length,
+                )[0]
+                if alpha:
+                    into["old_logps"] = torch.logaddexp(
+                        logps + math.log(alpha), own_logps + math.log1p(-alpha)
+                    )
         return [
             replace(row, signals={k: v.cpu() for k, v in {**row.signals, **found}.items()})
             for row, found in zip(rollouts, signals, strict=True)
@@ -132,29 +155,32 @@ class Signals:
             ]
 
     def credit(self, rollouts: Sequence[Rollout], num_generations: int) -> list[Rollout]:
+        found = list(rollouts)
         if self.critic:
-            return [self._estimated(row) for row in rollouts]
-        if self.advantages is None:
-            return list(rollouts)
-        rewards = torch.tensor([row.reward for row in rollouts], dtype=torch.float64)
-        amounts = self.advantages(rewards, num_generations)
-        return [
-            _with(row, advantages=torch.full((row.counted,), float(amount)))
-            for row, amount in zip(rollouts, amounts, strict=True)
-        ]
+            found = [self._estimated(row) for row in rollouts]
+        elif self.advantages is not None:
+            rewards = torch.tensor([row.reward for row in rollouts], dtype=torch.float64)
+            amounts = self.advantages(rewards, num_generations)
+            found = [
+                _with(row, advantages=torch.full((row.counted,), float(amount)))
+                for row, amount in zip(rollouts, amounts, strict=True)
+            ]
+        return _whitened(found) if self.whiten else found
 
     def _estimated(self, row: Rollout) -> Rollout:
         assert self.critic is not None
         discount, trace = self.critic
         values = row.signals["values"].unsqueeze(0)
-        rewards = torch.zeros_like(values)
-        rewards[0, -1] = 0.0 if math.isnan(row.reward) else row.reward
+        if self.preference is not None:
+            rewards = row.signals["advantages"].unsqueeze(0)
+        else:
+            rewards = torch.zeros_like(values)
+            rewards[0, -1] = 0.0 if math.isnan(row.reward) else row.reward
         advantages, returns = gae(rewards, values, discount=discount, trace=trace)
         return _with(row, advantages=advantages[0], returns=returns[0])
 
 
-def whitened(rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """Advantages with mean 0 and deviation 1 over the tokens of a batch of rollouts."""
+def _whitened(rollouts: Sequence[Rollout]) -> list[Rollout]:
     everything = torch.cat([row.signals["advantages"] for row in rollouts])
     mean, spread = everything.mean(), everything.std().clamp(min=1e-8)
     return [_with(row, advantages=(row.signals["advantages"] - mean) / spread) for row in rollouts]
@@ -481,6 +507,22 @@ class Distillation:
 
 
 # Evaluation ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class DivergenceEvaluation:
+    """The training loss on fresh completions of prompts: for objectives without a reward."""
+
+    generator: Generator
+    sampling: Sampling
+    signals: Signals
+    loss: Callable[[nn.Module, Sequence[Rollout]], LossTerms]
+    decode: Callable[[Sequence[int]], str]
+
+    def __call__(self, policy: nn.Module, rows: Sequence[Prompt]) -> LossTerms:
+        seeds = [seed_of(f"evaluation/{row.origin}") for row in rows]
+        found = sample(rows, seeds, self.generator, self.sampling, None, self.decode)
+        return self.loss(policy, self.signals.score(found))
 
 
 @dataclass

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from holdfast.errors import TrainingError
 from holdfast.joint.batches import Batches
-from holdfast.language.data import Encoded, Prompt
+from holdfast.joint.objective import Source
+from holdfast.language.data import Demonstration, Encoded, Prompt
 from holdfast.language.generate import Completion, Generator, Sampling
 from holdfast.language.rewards import Rewards
 
@@ -270,6 +271,66 @@ class Rollouts:
         self.samples, self.round = int(state["samples"]), int(state["round"])
         self.used = int(state["used"])
         self._rollouts = [_unpack(row) for row in state["rollouts"]]
+
+
+class PartlyOnPolicy:
+    """Batches that the policy wrote, and in between batches of demonstrations (GKD).
+
+    Parameters
+    ----------
+    rollouts : Source
+        The policy's own completions.
+    demonstrations : sequence of Demonstration
+        What the data has in their place. Needed unless ``share`` is 1.
+    annotate : Annotate
+    batch_size : int
+    share : float
+        Probability that a batch is the policy's own, in [0, 1].
+    seed : int
+
+    Raises
+    ------
+    ValueError
+        If there are no demonstrations.
+    """
+
+    def __init__(
+        self,
+        rollouts: Source,
+        demonstrations: Sequence[Demonstration],
+        annotate: Annotate,
+        batch_size: int,
+        *,
+        share: float,
+        seed: int,
+    ) -> None:
+        self.rollouts = rollouts
+        self.annotate = annotate
+        self.share = share
+        self.seed = seed
+        self._demonstrations = Batches(demonstrations, batch_size, seed=seed)
+        self.drawn = 0
+        """Batches so far."""
+
+    def next(self) -> Sequence[Rollout]:
+        own = random.Random(f"{self.seed}/own/{self.drawn}").random() < self.share
+        self.drawn += 1
+        if own:
+            return self.rollouts.next()
+        rows = self._demonstrations.next()
+        return self.annotate.score([Rollout(row.tokens, row.origin, True) for row in rows])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "rollouts": self.rollouts.state_dict(),
+            "demonstrations": self._demonstrations.state_dict(),
+            "drawn": self.drawn,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.rollouts.load_state_dict(state["rollouts"])
+        self._demonstrations.load_state_dict(state["demonstrations"])
+        self.drawn = int(state["drawn"])
 
 
 def sample(

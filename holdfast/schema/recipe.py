@@ -12,6 +12,20 @@ from pydantic_core import PydanticCustomError
 from holdfast.errors import nearest
 from holdfast.schema.base import Spec
 from holdfast.schema.objectives import DpoSpec, NllSpec
+from holdfast.schema.on_policy import (
+    CispoSpec,
+    DapoSpec,
+    DrGrpoSpec,
+    DroSpec,
+    GkdSpec,
+    GrpoSpec,
+    GspoSpec,
+    LcoSpec,
+    MinillmSpec,
+    PmdSpec,
+    PpoSpec,
+    ReinforceSpec,
+)
 from holdfast.schema.policies import LanguagePolicySpec
 from holdfast.schema.schedules import AlrightSpec, MaxrightSpec, MixSpec, SequentialSpec
 
@@ -53,7 +67,23 @@ class TrainingSpec(Spec):
         return self
 
 
-AnyObjective = Annotated[NllSpec | DpoSpec, Field(discriminator="kind")]
+AnyObjective = Annotated[
+    NllSpec
+    | DpoSpec
+    | ReinforceSpec
+    | PpoSpec
+    | GrpoSpec
+    | DrGrpoSpec
+    | DapoSpec
+    | GspoSpec
+    | CispoSpec
+    | LcoSpec
+    | PmdSpec
+    | DroSpec
+    | GkdSpec
+    | MinillmSpec,
+    Field(discriminator="kind"),
+]
 AnySchedule = Annotated[
     SequentialSpec | MixSpec | AlrightSpec | MaxrightSpec, Field(discriminator="kind")
 ]
@@ -62,6 +92,11 @@ AnySchedule = Annotated[
 def kinds(union: Any) -> tuple[type[BaseModel], ...]:
     """The specs of a union such as :data:`AnyObjective`."""
     return get_args(get_args(union)[0])
+
+
+def names_of(spec: type[BaseModel]) -> tuple[str, ...]:
+    """What ``kind`` may be in a recipe for this spec."""
+    return get_args(spec.model_fields["kind"].annotation)
 
 
 class Recipe(Spec):

@@ -1,7 +1,9 @@
 """Checkpoints are whole or not there; a damaged one is passed over."""
 
 import errno
+import json
 import subprocess
+from itertools import count
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from holdfast.joint.checkpoint import (
     Checkpoint,
     Checkpoints,
     pack_optimizer,
+    reunite,
+    separate,
     unpack_optimizer,
 )
 
@@ -162,3 +166,40 @@ def test_a_checkpoint_just_written_outlives_damaged_ones_of_later_steps(tmp_path
     checkpoints.save(made(100))
     assert checkpoints.load_newest()[0].step == 100
     assert checkpoints.steps() == [100]
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=3) | st.just("tensor"),
+        lambda inner: (
+            st.lists(inner, max_size=3)
+            | st.dictionaries(st.text("abc.", min_size=1, max_size=2), inner, max_size=3)
+        ),
+        max_leaves=12,
+    )
+)
+def test_tensors_anywhere_in_a_state_are_taken_out_and_put_back(state):
+    made = count(1)
+
+    def with_tensors(value):
+        if value == "tensor":
+            return torch.full((2,), float(next(made)))
+        if isinstance(value, dict):
+            return {key: with_tensors(entry) for key, entry in value.items()}
+        return [with_tensors(entry) for entry in value] if isinstance(value, list) else value
+
+    original = {"state": with_tensors(state)}
+    plain, tensors = separate(original)
+    again = reunite(json.loads(json.dumps(plain)), tensors)
+    assert len(tensors) == next(made) - 1
+
+    def same(left, right):
+        if isinstance(left, torch.Tensor):
+            return torch.equal(left, right)
+        if isinstance(left, dict):
+            return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
+        if isinstance(left, list):
+            return len(left) == len(right) and all(map(same, left, right))
+        return left == right
+
+    assert same(original, again)

@@ -351,3 +351,44 @@ def test_a_run_killed_after_its_last_checkpoint_ends_there_again(tmp_path, sched
     second.resume()
     assert (second.train(), second.step) == (reason, first.step)
     assert [line for line in lines(tmp_path) if line["kind"] != "event"] == before
+
+
+def test_a_metric_with_a_count_of_its_own_is_averaged_over_that():
+    """However the batch is cut; one that was counted nowhere is left out."""
+    values = []
+    for micro in (None, 1, 3):
+        built = trainer(Mix({"a": 1.0}), micro=micro)
+
+        def loss(policy, rows):
+            terms = squared_error(policy, rows)
+            large = torch.tensor([float(len(row[0])) for row in rows if len(row[0]) > 2])
+            own = torch.stack([large.sum(), torch.tensor(float(len(large)))])
+            return LossTerms(terms.total, terms.count, {"large": own, "absent": torch.zeros(2)})
+
+        built.objectives["a"].loss = loss
+        rows = built.objectives["a"].source.next()
+        _, summary = built._gradient(built.objectives["a"], rows)
+        large = [len(row[0]) for row in rows if len(row[0]) > 2]
+        assert summary.metrics == {"large": sum(large) / len(large)}
+        values.append(summary.metrics["large"])
+    assert len(set(values)) == 1
+
+
+def test_evaluation_and_gaps_may_be_of_something_else_than_the_training_loss(tmp_path):
+    """As with a reward: the loss that is descended is only a surrogate of it."""
+    optima = {"a": 0.0, "b": 0.0}
+    schedule = Maxright({"a": 0.5, "b": 0.5}, optima, evaluate_every=100)
+    built = trainer(schedule, folder=tmp_path)
+    for objective_ in built.objectives.values():
+        objective_.evaluate = lambda policy, rows: LossTerms(
+            torch.tensor(3.0 * len(rows)), torch.tensor(len(rows))
+        )
+    built.objectives["a"].observed = lambda summary: None
+    built.objectives["b"].observed = lambda summary: 2.0
+    built._evaluate_once()
+    assert {entry["loss"] for entry in lines(tmp_path, "eval")[0]["objectives"].values()} == {3.0}
+    built.train_step()  # Equal gaps: the first by name, of which nothing new is seen.
+    assert schedule.gaps == {"a": 1.5, "b": 1.5}
+    schedule.observe("a", 1.0)
+    built.train_step()
+    assert schedule.gaps == {"a": 0.5, "b": 1.0}

@@ -1,0 +1,336 @@
+"""From the recipe of an on-policy objective to its source, loss and evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from holdfast import schema
+from holdfast.errors import RecipeError
+from holdfast.joint import LossTerms, Objective
+from holdfast.joint.objective import Source, Summary
+from holdfast.language.advantages import batch_baseline, group_normalized, leave_one_out
+from holdfast.language.data import Demonstration, Prompt
+from holdfast.language.frozen import Frozen
+from holdfast.language.generate import (
+    Generator,
+    Sampling,
+    TransformersGenerator,
+    VllmGenerator,
+)
+from holdfast.language.losses.policy_gradient import cispo, dro, gspo, pmd, ppo_clip, reinforce
+from holdfast.language.model import LanguagePolicy, load_policy
+from holdfast.language.on_policy import (
+    Distillation,
+    DivergenceEvaluation,
+    Lco,
+    PolicyGradient,
+    PolicyLoss,
+    RewardEvaluation,
+    Signals,
+)
+from holdfast.language.rewards import Rewards, load_reward
+from holdfast.language.rollouts import PartlyOnPolicy, RolloutOptions, Rollouts
+
+
+@dataclass
+class Models:
+    """Loads the frozen models of a run, each once."""
+
+    policy: LanguagePolicy
+    dtype: str
+    device: torch.device
+
+    def __post_init__(self) -> None:
+        self._loaded: dict[str | None, Frozen] = {}
+
+    def get(self, name: str | None, where: str) -> Frozen:
+        """A model by name; ``None``: the policy as it stands now."""
+        if name not in self._loaded:
+            if name is None:
+                self._loaded[name] = Frozen.start_of(self.policy)
+            else:
+                model = Frozen(load_policy(name, dtype=self.dtype).requires_grad_(False))
+                model.check_vocabulary(self.policy, f"{where} {name}")
+                model.policy.to(self.device)
+                model.share_head(self.policy)
+                self._loaded[name] = model
+        return self._loaded[name]
+
+    def fingerprints(self) -> list[str]:
+        """Digests of those that were loaded by name."""
+        return [
+            f"{name} {model.policy.fingerprint()}"
+            for name, model in self._loaded.items()
+            if name is not None
+        ]
+
+
+def on_policy_objective(
+    name: str,
+    spec: schema.OnPolicySpec,
+    policy: LanguagePolicy,
+    rows: tuple[Sequence[Prompt], Sequence[Prompt], Sequence[Prompt]],
+    demonstrations: Sequence[Demonstration],
+    models: Models,
+    accelerator: Accelerator,
+    seed: int,
+) -> Objective:
+    """An objective on the policy's own completions.
+
+    Parameters
+    ----------
+    name : str
+    spec : OnPolicySpec
+    policy : LanguagePolicy
+        On its device, before any update.
+    rows : tuple of three sequences of Prompt
+        For training, for gaps, and for evaluation.
+    demonstrations : sequence of Demonstration
+        Of the training prompts; for ``gkd`` with batches that the policy does not write.
+    models : Models
+    accelerator : Accelerator
+    seed : int
+
+    Raises
+    ------
+    HoldfastError
+        For a reward or a model that cannot be used.
+    """
+    train, probe, held_out = rows
+    sampling = _sampling(spec, spec.temperature)
+    rewards = _rewards(name, spec)
+    tokenizer = policy.tokenizer
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    generator = _generator(name, spec, policy, models)
+    signals, loss = _signals_and_loss(spec, policy, models)
+    source: Source = Rollouts(
+        train,
+        generator,
+        sampling,
+        rewards,
+        signals,
+        RolloutOptions(
+            batch_size=spec.batch_size,
+            num_generations=spec.num_generations,
+            steps_per_generation=spec.steps_per_generation,
+            num_iterations=spec.num_iterations,
+            dynamic_sampling=getattr(spec, "dynamic_sampling", False),
+            mask_truncated_completions=spec.mask_truncated_completions,
+        ),
+        decode=decode,
+        seed=seed,
+        share=_shared_by(accelerator),
+    )
+    if isinstance(spec, schema.GkdSpec) and spec.lmbda < 1:
+        source = PartlyOnPolicy(
+            source, demonstrations, signals, spec.batch_size, share=spec.lmbda, seed=seed
+        )
+    evaluated = _sampling(spec, spec.evaluation_temperature)
+    # Students are never asked together with their teacher when they are evaluated.
+    alone = generator if isinstance(generator, VllmGenerator) else TransformersGenerator(policy)
+    evaluate: Callable[[Any, Any], LossTerms]
+    if rewards is None:
+        evaluate = DivergenceEvaluation(alone, evaluated, signals, loss, decode)
+        observed: Callable[[Summary], float | None] = _loss_of
+    else:
+        evaluate, observed = RewardEvaluation(alone, evaluated, rewards, decode), _cost_of
+    return Objective(
+        name=name,
+        loss=loss,
+        source=source,
+        evaluate=evaluate,
+        observed=observed,
+        held_out=held_out,
+        probe=probe,
+        optimum=spec.optimum if isinstance(spec.optimum, float) else None,
+        micro_batch_size=spec.micro_batch_size or spec.batch_size,
+    )
+
+
+def _loss_of(summary: Summary) -> float | None:
+    return summary.loss
+
+
+def _cost_of(summary: Summary) -> float | None:
+    """A reward stands in gaps with its sign turned, as in evaluation."""
+    reward = summary.metrics.get("reward")  # absent: nobody rewarded this batch
+    return None if reward is None else -reward
+
+
+def _sampling(spec: schema.OnPolicySpec, temperature: float) -> Sampling:
+    return Sampling(
+        max_completion_length=spec.max_completion_length,
+        temperature=temperature,
+        top_p=spec.top_p,
+        top_k=spec.top_k,
+        min_p=spec.min_p,
+        stop_strings=spec.stop_strings,
+    )
+
+
+def _rewards(name: str, spec: schema.OnPolicySpec) -> Rewards | None:
+    if not spec.rewards:
+        return None
+    try:
+        functions = {
+            reward.name: load_reward(reward.name, reward.options) for reward in spec.rewards
+        }
+    except RecipeError as error:
+        raise RecipeError(f"objectives.{name}.rewards: {error}") from error
+    return Rewards(functions, {reward.name: reward.weight for reward in spec.rewards})
+
+
+def _generator(
+    name: str, spec: schema.OnPolicySpec, policy: LanguagePolicy, models: Models
+) -> Generator:
+    if spec.generator == "vllm":
+        if isinstance(spec, schema.MinillmSpec) and spec.teacher_mixed_alpha:
+            raise RecipeError(
+                f"objectives.{name}: vLLM cannot sample from a mixture with the teacher. Set "
+                "teacher_mixed_alpha: 0, or generator: transformers."
+            )
+        try:
+            return VllmGenerator(policy, str(policy.base.config._name_or_path))
+        except ImportError as error:
+            raise RecipeError(f"objectives.{name}.generator: {error}") from error
+    if isinstance(spec, schema.MinillmSpec) and spec.teacher_mixed_alpha:
+        teacher = models.get(spec.teacher_model_name_or_path, "teacher")
+        return TransformersGenerator(policy, teacher=teacher.policy, alpha=spec.teacher_mixed_alpha)
+    return TransformersGenerator(policy)
+
+
+def _signals_and_loss(
+    spec: schema.OnPolicySpec, policy: LanguagePolicy, models: Models
+) -> tuple[Signals, Any]:
+    signals = Signals(policy, temperature=spec.temperature)
+    reused = spec.uses > 1
+    if isinstance(spec, schema.GkdSpec):
+        teacher = models.get(spec.teacher_model_name_or_path, "teacher")
+        signals.temperature = 1.0
+        signals.frozen = {"teacher": teacher}
+        return signals, Distillation(policy.pad_id, teacher, spec.beta, spec.temperature)
+    if isinstance(spec, schema.MinillmSpec):
+        teacher = models.get(spec.teacher_model_name_or_path, "teacher")
+        signals.behaviour = "logps"
+        signals.frozen = {"teacher": teacher}
+        signals.minillm = (teacher, spec.teacher_mixed_alpha, spec.length_normalization)
+        signals.whiten = True
+        later: PolicyLoss = partial(ppo_clip, epsilon=spec.epsilon)
+        return signals, Distillation(policy.pad_id, teacher, 1.0, spec.temperature, later)
+    assert isinstance(spec, schema.RewardedSpec)
+    if spec.preference is not None:
+        tuned = models.get(spec.preference.reward_model, "reward_model")
+        reference = models.get(spec.preference.reference_model, "reference_model")
+    if isinstance(spec, schema.LcoSpec):
+        signals.behaviour = "hidden" if reused else "none"
+        sources: dict[str, tuple[Frozen, float]] = {}
+        if spec.preference is not None:
+            strength = spec.preference.beta_rm
+            sources = {"reward": (tuned, strength), "reference": (reference, -strength)}
+        elif spec.log_probability_model is not None:
+            model = models.get(spec.log_probability_model, "log_probability_model")
+            sources = {"q": (model, 1.0)}
+        else:
+            signals.advantages = partial(group_normalized, scale=spec.scale_rewards)
+        signals.frozen = {key: model for key, (model, _) in sources.items()}
+        loss = Lco(
+            policy.pad_id,
+            spec.kind,
+            spec.beta,
+            sparse=spec.sparse,
+            sources=sources,
+            centre=spec.centre,
+            temperature=spec.temperature,
+        )
+        return signals, loss
+
+    assert isinstance(spec, schema.PenalisedSpec)
+    if spec.preference is not None:
+        signals.preference = (tuned, reference, spec.preference.beta_rm)
+    else:
+        signals.advantages = _advantages(spec)
+    if spec.beta:
+        signals.reference = models.get(None, "reference")
+    signals.behaviour = "logps" if reused else "none"
+    policy_loss, shape = _policy_loss(spec)
+    gradient = PolicyGradient(
+        policy.pad_id, policy_loss, temperature=spec.temperature, beta=spec.beta, **shape
+    )
+    if isinstance(spec, schema.PpoSpec):
+        signals.critic = (spec.discount, spec.trace)
+        signals.whiten = spec.whiten_advantages
+        gradient.vf_coef, gradient.cliprange_value = spec.vf_coef, spec.cliprange_value
+    return signals, gradient
+
+
+def _advantages(spec: schema.PenalisedSpec) -> Callable[[Tensor, int], Tensor] | None:
+    if isinstance(spec, schema.GroupedSpec):
+        return partial(group_normalized, scale=spec.scale_rewards)
+    if isinstance(spec, schema.ReinforceSpec):
+        match spec.baseline:
+            case "leave_one_out":
+                return leave_one_out
+            case "batch":
+                return lambda rewards, _: batch_baseline(rewards)
+            case "none":
+                return lambda rewards, _: rewards.nan_to_num(0.0)
+    return None
+
+
+def _policy_loss(spec: schema.PenalisedSpec) -> tuple[PolicyLoss, Mapping[str, Any]]:
+    """The loss, and the aggregation that a penalty beside it takes."""
+    match spec:
+        case schema.ReinforceSpec():
+            shape: dict[str, Any] = {"aggregation": spec.aggregation}
+            return lambda logps, old, a, mask: reinforce(logps, a, mask, **shape), shape
+        case schema.PpoSpec():
+            return partial(ppo_clip, epsilon=spec.epsilon), {}
+        case schema.GspoSpec():
+            high = spec.epsilon if spec.epsilon_high is None else spec.epsilon_high
+            shape = {"aggregation": "sequence-mean"}
+            return partial(gspo, epsilon=spec.epsilon, epsilon_high=high, **shape), shape
+        case schema.CispoSpec():
+            return partial(cispo, epsilon_high=spec.epsilon_high or 5.0), {}
+        case schema.PmdSpec():
+            return partial(pmd, tau=spec.tau), {"aggregation": "sequence-mean"}
+        case schema.DroSpec():
+            return partial(dro, beta=spec.kl_coef), {}
+        case schema.GrpoSpec():
+            shape = {"aggregation": "sequence-mean"}
+        case schema.DrGrpoSpec():
+            shape = {"aggregation": "fixed-length", "length": spec.max_completion_length}
+        case _:
+            shape = {"aggregation": "token-mean"}
+    assert isinstance(spec, schema.GroupedSpec)
+    clipped = partial(
+        ppo_clip,
+        epsilon=spec.epsilon,
+        epsilon_high=spec.epsilon_high,
+        delta=getattr(spec, "delta", None),
+        **shape,
+    )
+    return clipped, shape
+
+
+def _shared_by(accelerator: Accelerator) -> Callable[[Any, Sequence[Any]], list[Any]]:
+    """Work divided among processes, and its results put together again, in order."""
+
+    def share(work: Callable[[Sequence[Any]], list[Any]], items: Sequence[Any]) -> list[Any]:
+        world, rank = accelerator.num_processes, accelerator.process_index
+        if world == 1:
+            return work(items)
+        parts: list[list[Any]] = gather_object([work(items[rank::world])])
+        return [parts[index % world][index // world] for index in range(len(items))]
+
+    return share

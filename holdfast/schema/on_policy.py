@@ -1,0 +1,225 @@
+"""Objectives on the policy's own completions: reinforcement learning and distillation."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from holdfast.schema.base import Spec
+from holdfast.schema.objectives import ObjectiveSpec
+
+
+class RewardSpec(Spec):
+    """A reward function: one that ships with Holdfast, or a dotted path to your own."""
+
+    name: str = Field(description="numeric_answer, regex, …, package.module.name or file.py:name")
+    weight: float = 1.0
+    options: dict[str, Any] = Field({}, description="of a function that ships with Holdfast")
+
+
+class OnPolicySpec(ObjectiveSpec):
+    """What all objectives on the policy's own completions have; names as in TRL."""
+
+    rewards: tuple[RewardSpec, ...] = Field((), description="functions of prompts and completions")
+    num_generations: int = Field(8, ge=1, description="completions of each prompt")
+    max_completion_length: int = Field(256, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    stop_strings: tuple[str, ...] = ()
+    steps_per_generation: int = Field(1, ge=1, description="optimiser steps a batch is cut into")
+    num_iterations: int = Field(1, ge=1, description="passes over a batch of rollouts")
+    mask_truncated_completions: bool = False
+    generator: Literal["transformers", "vllm"] = "transformers"
+    evaluation_temperature: float = Field(0.0, ge=0, description="0: the most probable tokens")
+
+    @model_validator(mode="after")
+    def _divides(self) -> OnPolicySpec:
+        drawn = self.batch_size * self.steps_per_generation
+        if drawn % self.num_generations:
+            raise ValueError(
+                f"num_generations is {self.num_generations}, which does not divide the {drawn} "
+                f"completions of a batch of rollouts (batch_size {self.batch_size} times "
+                f"steps_per_generation {self.steps_per_generation})"
+            )
+        return self
+
+    @property
+    def uses(self) -> int:
+        """Optimiser steps that a batch of rollouts serves."""
+        return self.steps_per_generation * self.num_iterations
+
+
+class PreferenceAdvantage(Spec):
+    """Advantages from a preference-tuned model: beta_rm (log pi_rm - log pi_ref)."""
+
+    reward_model: str = Field(description="directory or hub id of the preference-tuned model")
+    reference_model: str | None = Field(
+        None, description="null: the policy before its first update"
+    )
+    beta_rm: float = Field(1.0, gt=0)
+
+
+class RewardedSpec(OnPolicySpec):
+    """Objectives that learn from advantages."""
+
+    rewards: tuple[RewardSpec, ...] = Field(description="functions of prompts and completions")
+    preference: PreferenceAdvantage | None = Field(
+        None, description="advantages of tokens from a preference-tuned model, not from rewards"
+    )
+
+    @field_validator("rewards")
+    @classmethod
+    def _some(cls, value: tuple[RewardSpec, ...]) -> tuple[RewardSpec, ...]:
+        names = [reward.name for reward in value]
+        if len(set(names)) < len(names):
+            raise ValueError("a reward function is named twice")
+        if not value:
+            raise ValueError("rewards is empty: name at least one reward function")
+        return value
+
+
+class PenalisedSpec(RewardedSpec):
+    """Policy gradients, with a KL penalty."""
+
+    beta: float = Field(0.0, ge=0, description="of the KL penalty to the reference; 0: none")
+
+
+class ReinforceSpec(PenalisedSpec):
+    """REINFORCE, with a baseline."""
+
+    kind: Literal["reinforce"] = "reinforce"
+    baseline: Literal["none", "batch", "leave_one_out"] = "leave_one_out"
+    aggregation: Literal["token-mean", "sequence-mean", "sequence-sum"] = "token-mean"
+
+
+class PpoSpec(PenalisedSpec):
+    """PPO: clipped ratios, a value head, generalised advantage estimation."""
+
+    kind: Literal["ppo"] = "ppo"
+    num_generations: int = Field(1, ge=1, description="completions of each prompt")
+    epsilon: float = Field(0.2, gt=0)
+    vf_coef: float = Field(0.1, gt=0)
+    cliprange_value: float = Field(0.2, gt=0)
+    discount: float = Field(1.0, gt=0, le=1)
+    trace: float = Field(0.95, ge=0, le=1)
+    whiten_advantages: bool = True
+
+
+class GroupedSpec(PenalisedSpec):
+    """Advantages relative to the other completions of the same prompt."""
+
+    num_generations: int = Field(8, ge=2, description="completions of each prompt")
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    epsilon: float = Field(0.2, gt=0)
+    epsilon_high: float | None = Field(None, gt=0, description="null: epsilon")
+    dynamic_sampling: bool = Field(False, description="replace groups of equal rewards (DAPO)")
+
+
+class GrpoSpec(GroupedSpec):
+    """GRPO: every sequence weighs the same."""
+
+    kind: Literal["grpo"] = "grpo"
+    delta: float | None = Field(None, gt=1, description="upper bound on the ratio")
+
+
+class DrGrpoSpec(GroupedSpec):
+    """Dr. GRPO: no division by the group's deviation, nor by a sequence's own length."""
+
+    kind: Literal["dr_grpo"] = "dr_grpo"
+    scale_rewards: Literal["group", "batch", "none"] = "none"
+
+
+class DapoSpec(GroupedSpec):
+    """DAPO: every token weighs the same, clip-higher, dynamic sampling."""
+
+    kind: Literal["dapo"] = "dapo"
+    epsilon_high: float | None = Field(0.28, gt=0)
+    dynamic_sampling: bool = True
+    mask_truncated_completions: bool = True
+
+
+class GspoSpec(GroupedSpec):
+    """GSPO: one ratio a sequence."""
+
+    kind: Literal["gspo"] = "gspo"
+    epsilon: float = Field(3e-4, gt=0)
+    epsilon_high: float | None = Field(4e-4, gt=0)
+
+
+class CispoSpec(GroupedSpec):
+    """CISPO: ratios capped from above as weights of the log-probability."""
+
+    kind: Literal["cispo"] = "cispo"
+    epsilon_high: float | None = Field(5.0, gt=0, description="null: 5")
+
+
+class PmdSpec(GroupedSpec):
+    """Policy mirror descent: squared distance of log-ratio and advantage (Kimi's form)."""
+
+    kind: Literal["pmd"] = "pmd"
+    scale_rewards: Literal["group", "batch", "none"] = "none"
+    tau: float = Field(0.1, gt=0, description="KL strength")
+
+
+class DroSpec(GroupedSpec):
+    """DRO: REINFORCE with a squared penalty on the log-ratio of every token."""
+
+    kind: Literal["dro"] = "dro"
+    kl_coef: float = Field(0.1, gt=0, description="of the squared log-ratio")
+
+
+class LcoSpec(RewardedSpec):
+    """LCO: match the optimal logits over the whole vocabulary."""
+
+    kind: Literal["lco_kl", "lco_mse", "lco_log_cosh"] = "lco_kl"
+    beta: float = Field(1.0, gt=0, description="KL strength of the optimal policy")
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    log_probability_model: str | None = Field(
+        None, description="advantages from the log-probabilities of this model"
+    )
+    centre: Literal["none", "mean", "logprob"] = Field(
+        "none", description="constant of the advantages; lco_kl does not depend on it"
+    )
+
+    @property
+    def sparse(self) -> bool:
+        """Whether the sampled token alone has an advantage."""
+        return self.preference is None and self.log_probability_model is None
+
+    @model_validator(mode="after")
+    def _one_advantage(self) -> LcoSpec:
+        if self.preference is not None and self.log_probability_model is not None:
+            raise ValueError("name either preference or log_probability_model, not both")
+        if self.sparse and self.num_generations < 2:
+            raise ValueError("num_generations is 1: advantages need a group of 2 or more")
+        return self
+
+
+class GkdSpec(OnPolicySpec):
+    """GKD: a divergence to a teacher at every token."""
+
+    kind: Literal["gkd"] = "gkd"
+    teacher_model_name_or_path: str
+    num_generations: int = Field(1, ge=1)
+    beta: float = Field(0.5, ge=0, le=1, description="0: forward KL, 1: reverse KL")
+    lmbda: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of batches that the policy writes itself",
+    )
+    temperature: float = Field(0.9, gt=0)
+
+
+class MinillmSpec(OnPolicySpec):
+    """MiniLLM: reverse KL by policy gradient, its single step over the whole vocabulary."""
+
+    kind: Literal["minillm"] = "minillm"
+    teacher_model_name_or_path: str
+    num_generations: int = Field(1, ge=1)
+    teacher_mixed_alpha: float = Field(0.2, ge=0, lt=1, description="teacher's share in sampling")
+    length_normalization: bool = True
+    epsilon: float = Field(0.2, gt=0)

@@ -1,0 +1,243 @@
+"""Every on-policy objective through a whole run, from recipe to model; and what is refused."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from helpers.prompts import on_policy_values, write_on_policy
+from safetensors.torch import load_file
+
+from holdfast import run as runs
+from holdfast.errors import DataError, HoldfastError, ModelError, RecipeError, TrainingError
+from holdfast.language.model import load_policy
+from holdfast.language.tokenizers import build_tokenizer
+from holdfast.recipe import load_recipe
+from holdfast.schema import AnyObjective, OnPolicySpec, kinds, names_of
+
+KINDS = [
+    n for spec in kinds(AnyObjective) if issubclass(spec, OnPolicySpec) for n in names_of(spec)
+]
+SMALL = {"hidden_size": 32, "intermediate_size": 48}
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory) -> str:
+    """Another model with the policy's tokenizer, in a directory."""
+    folder = tmp_path_factory.mktemp("tuned")
+    load_policy("tiny-qwen2", tokenizer=build_tokenizer(), config=SMALL, seed=5).save_pretrained(
+        folder
+    )
+    return str(folder)
+
+
+def trained(folder: Path, **changes) -> Path:
+    return runs.train(load_recipe(str(write_on_policy(folder, **changes))))
+
+
+def lines(run: Path, kind: str) -> list[dict]:
+    found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line for line in found if line["kind"] == kind]
+
+
+def options_of(kind: str, tuned: str) -> dict:
+    needs_teacher = kind in ("gkd", "minillm")
+    return {"kind": kind} | ({"teacher_model_name_or_path": tuned} if needs_teacher else {})
+
+
+@pytest.mark.parametrize("reused", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_trains_and_tells_what_it_saw(tmp_path, tuned, kind, reused):
+    changes = options_of(kind, tuned)
+    # Completions of a random policy rarely end by themselves.
+    changes["mask_truncated_completions"] = False
+    if reused:
+        changes |= {"num_iterations": 2, "steps_per_generation": 2}
+    run = trained(tmp_path, **changes)
+    assert json.loads((run / "run.json").read_text())["status"] == "finished"
+    steps = [line["objectives"]["rl"] for line in lines(run, "train")]
+    assert len(steps) == 8
+    for step in steps:
+        metrics = step["metrics"]
+        assert math.isfinite(step["loss"]) and metrics["completions/mean_length"] > 0
+        assert {"entropy", "sampled_probability", "samples"} <= metrics.keys()
+    # GKD has batches of the data's own completions, which nobody rewards.
+    assert any("reward" in step["metrics"] for step in steps)
+    assert lines(run, "eval")[-1]["objectives"]["rl"]["count"] == 6
+    before = load_policy("tiny-qwen2", tokenizer=build_tokenizer(), config=SMALL)
+    after = load_file(run / "model" / "model.safetensors")
+    embeddings = "model.embed_tokens.weight"
+    assert not torch.equal(after[embeddings], before.model.state_dict()[embeddings])
+
+
+@pytest.mark.parametrize("kind", ["reinforce", "ppo", "grpo", "lco_kl", "lco_mse"])
+def test_a_preference_tuned_model_gives_every_token_its_advantage(tmp_path, tuned, kind):
+    preference = {"reward_model": tuned, "beta_rm": 0.5}
+    run = trained(tmp_path, kind=kind, preference=preference, num_iterations=2)
+    assert len(lines(run, "train")) == 8
+
+
+def test_log_probabilities_of_a_model_can_be_the_advantages(tmp_path, tuned):
+    run = trained(tmp_path, kind="lco_log_cosh", log_probability_model=tuned, centre="logprob")
+    assert len(lines(run, "train")) == 8
+
+
+def test_a_reward_that_can_be_learned_is(tmp_path):
+    """Completions that begin with a digit are rewarded: a few dozen steps are enough."""
+    values = on_policy_values(
+        rewards=[{"name": "regex", "options": {"pattern": "^[0-9]"}}],
+        batch_size=64,
+        num_generations=16,
+        max_completion_length=1,
+    )
+    values["schedule"]["stages"][0]["steps"] = 40
+    values["training"] |= {"max_steps": 40, "learning_rate": 0.01, "eval_steps": 40}
+    run = runs.train(load_recipe(str(write_on_policy(tmp_path, values))))
+    rewards = [line["objectives"]["rl"]["metrics"]["reward"] for line in lines(run, "train")]
+    assert sum(rewards[:3]) / 3 < 0.2 and sum(rewards[-3:]) / 3 > 0.8
+    held_out = [line["objectives"]["rl"]["loss"] for line in lines(run, "eval")]
+    assert held_out[-1] == -1.0
+
+
+@pytest.mark.parametrize("schedule", ["mix", "alright", "maxright"])
+def test_rewards_and_demonstrations_are_trained_together(tmp_path, schedule):
+    values = on_policy_values(optimum=-1.0)
+    values["objectives"]["sft"] = {
+        "kind": "nll",
+        "data": {"path": "prompts.jsonl", "held_out": 6, "probe": 4},
+        "batch_size": 8,
+        "optimum": 0.0,
+    }
+    values["schedule"] = {"kind": schedule, "weights": {"rl": 0.5, "sft": 0.5}}
+    run = runs.train(load_recipe(str(write_on_policy(tmp_path, values))))
+    chosen = {name for line in lines(run, "train") for name in line["objectives"]}
+    assert chosen == ({"sft"} if schedule == "maxright" else {"rl", "sft"})
+    if schedule == "maxright":  # Gaps of a reward are how far it is from its optimum.
+        gaps = lines(run, "train")[0]["gaps"]
+        assert 0.0 <= gaps["rl"] <= 0.5 < gaps["sft"]
+
+
+def test_an_optimum_of_a_reward_is_found_by_training_on_it_alone(tmp_path):
+    recipe = load_recipe(str(write_on_policy(tmp_path, optimum="auto")))
+    (value,) = runs.find_optima(recipe).values()
+    assert -1.0 <= value <= 0.0
+
+
+def test_a_dotted_path_beside_the_recipe_is_a_reward(tmp_path):
+    tmp_path.joinpath("mine.py").write_text(
+        "def short(prompts, completions, completion_ids, **columns):\n"
+        "    return [1.0 / len(ids) for ids in completion_ids]\n"
+    )
+    run = trained(tmp_path, rewards=[{"name": "mine.py:short", "weight": 2.0}])
+    metrics = lines(run, "train")[0]["objectives"]["rl"]["metrics"]
+    name = next(name for name in metrics if name.endswith("short/mean"))
+    assert metrics["reward"] == pytest.approx(2 * metrics[name])
+
+
+# What is refused --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_generations": 3}, r"num_generations is 3, which does not divide the 8"),
+        ({"num_generations": 1}, r"num_generations: .*greater than or equal to 2"),
+        ({"kind": "lco_kl", "beta": 0}, r"objectives\.rl\.beta"),
+        ({"kind": "lco_kl", "num_generations": 1}, r"a group of 2 or more"),
+        ({"rewards": []}, r"rewards is empty"),
+        ({"kind": "grop"}, r"'grop' is not known; did you mean 'grpo'"),
+        ({"kind": "gkd"}, r"teacher_model_name_or_path: is required"),
+        ({"temprature": 1}, r"did you mean 'temperature'"),
+        ({"temperature": 0}, r"objectives\.rl\.temperature"),
+    ],
+)
+def test_a_recipe_that_cannot_work_is_refused_before_anything_is_loaded(tmp_path, changes, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(str(write_on_policy(tmp_path, **changes)))
+
+
+def test_a_recipe_whose_reward_is_unknown_is_refused_with_the_nearest_name(tmp_path):
+    with pytest.raises(RecipeError, match=r"objectives\.rl\.rewards.*exact_match"):
+        trained(tmp_path, rewards=[{"name": "exact_mach"}])
+
+
+def test_a_reward_that_raises_names_itself_the_prompt_and_the_completion(tmp_path):
+    tmp_path.joinpath("mine.py").write_text(
+        "def broken(prompts, completions, completion_ids, **columns):\n    raise KeyError('x')\n"
+    )
+    with pytest.raises(TrainingError, match=r"broken(.|\n)*\+"):
+        trained(tmp_path, rewards=[{"name": "mine.py:broken"}])
+
+
+def test_a_prompt_longer_than_the_limit_is_refused_with_its_line(tmp_path):
+    data = {"path": "prompts.jsonl", "held_out": 6, "probe": 4, "max_length": 3}
+    with pytest.raises(DataError, match=r"prompts\.jsonl:\d+: the prompt has 4 tokens"):
+        trained(tmp_path, data=data)
+
+
+def test_a_teacher_with_another_tokenizer_is_refused_by_name(tmp_path):
+    words = build_tokenizer("bpe", texts=["many words and many words"] * 3, vocab_size=270)
+    load_policy("tiny-qwen2", tokenizer=words, config=SMALL).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(ModelError, match="another tokenizer"):
+        trained(tmp_path, kind="gkd", teacher_model_name_or_path="teacher")
+
+
+def test_completions_that_never_end_are_an_error_where_only_ended_ones_count(tmp_path):
+    with pytest.raises(TrainingError, match="max_completion_length 5"):
+        trained(tmp_path, max_completion_length=5, mask_truncated_completions=True)
+
+
+def test_batches_of_the_data_need_completions(tmp_path, tuned):
+    folder = write_on_policy(tmp_path, kind="gkd", teacher_model_name_or_path=tuned).parent
+    rows = [json.loads(line) for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps({"prompt": row["prompt"], "answer": "1"}) + "\n" for row in rows)
+    (folder / "prompts.jsonl").write_text(text)
+    with pytest.raises(HoldfastError, match=r"lmbda is 0\.5"):
+        runs.train(load_recipe(str(folder / "recipe.yaml")))
+
+
+def test_a_run_on_half_used_rollouts_resumes_bit_for_bit(tmp_path):
+    """Stopped in the middle of a batch of rollouts, with a critic, adapters and dropout."""
+    changes = {"kind": "ppo", "num_iterations": 2, "steps_per_generation": 3, "num_generations": 2}
+    values = on_policy_values(**changes)
+    values["policy"]["lora"] = {"r": 4, "lora_dropout": 0.2}
+    values["schedule"]["stages"][0]["steps"] = 9
+    values["training"] |= {"max_steps": 9, "save_steps": 1, "save_total_limit": 20}
+    recipe = load_recipe(str(write_on_policy(tmp_path, values)))
+    run = runs.train(recipe)
+    final = "checkpoints/step-00000009"
+    tensors = {n: load_file(run / final / f"{n}.safetensors") for n in ("policy", "optimizer")}
+    expected = comparable(run)
+    for stopped in (1, 4, 7):
+        for checkpoint in (run / "checkpoints").glob("step-*"):
+            if int(checkpoint.name.removeprefix("step-")) > stopped:
+                for file in checkpoint.iterdir():
+                    file.unlink()
+                checkpoint.rmdir()
+        described = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps(described | {"status": "stopped"}))
+        runs.resume(run)
+        for name, before in tensors.items():
+            after = load_file(run / final / f"{name}.safetensors")
+            assert all(torch.equal(after[key], before[key]) for key in before)
+        assert comparable(run) == expected
+
+
+def comparable(run: Path) -> list[dict]:
+    found = lines(run, "train") + lines(run, "eval")
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
+
+
+def test_the_resolved_recipe_of_a_run_reads_back_the_same(tmp_path):
+    run = trained(tmp_path, kind="dapo", dynamic_sampling=True, mask_truncated_completions=False)
+    again = load_recipe(str(run / "recipe.yaml"))
+    recipe = load_recipe(str(tmp_path / "recipe.yaml"))
+    assert again.fingerprint() == recipe.fingerprint()
+    assert yaml.safe_load((run / "recipe.yaml").read_text())["objectives"]["rl"]["kind"] == "dapo"
