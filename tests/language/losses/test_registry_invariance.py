@@ -20,14 +20,21 @@ from holdfast.joint import LossTerms
 from holdfast.language import losses
 from holdfast.language.head import Head, TokenStatistics, token_statistics
 from holdfast.language.losses import (
+    cispo,
     dpo,
+    dro,
     gkd,
+    gspo,
     lco_kl,
     lco_log_cosh,
     lco_mse,
     nll,
     nll_from_statistics,
+    pmd,
+    ppo_clip,
+    reinforce,
     sequence_logps,
+    value_loss,
 )
 
 VOCAB, WIDTH, IGNORED = 13, 4, -100
@@ -105,6 +112,24 @@ def matching(match: Callable[[Tensor, Tensor, Tensor], LossTerms]) -> Loss:
     return loss
 
 
+def policy_gradient(improve: Callable[..., LossTerms], *, behaviour: bool = True) -> Loss:
+    def loss(policy: Policy, rows: Sequence[Row], padding: int) -> LossTerms:
+        statistics = policy.score([row[0] for row in rows], padding)
+        logps = statistics.logps
+        # A behaviour policy and advantages that are some other functions of the same sequences.
+        known = [0.9 * logps.detach()] if behaviour else []
+        advantages = logps.detach().sum(-1).sin()
+        return improve(logps, *known, advantages, statistics.mask)
+
+    return loss
+
+
+def values(policy: Policy, rows: Sequence[Row], padding: int) -> LossTerms:
+    statistics = policy.score([row[0] for row in rows], padding)
+    found = statistics.logps
+    return value_loss(found, found.detach().sin(), 0.9 * found.detach(), statistics.mask)
+
+
 LOSSES: dict[str, Loss] = {
     **{
         f"{name}, {aggregation}": make(aggregation, length)
@@ -120,6 +145,17 @@ LOSSES: dict[str, Loss] = {
     "dpo, sigmoid with smoothing": preference("sigmoid", 0.2),
     "dpo, ipo": preference("ipo", mean=True),
     "dpo, hinge": preference("hinge"),
+    "reinforce": policy_gradient(reinforce, behaviour=False),
+    "ppo_clip": policy_gradient(ppo_clip),
+    "ppo_clip, sequence-mean": policy_gradient(partial(ppo_clip, aggregation="sequence-mean")),
+    "ppo_clip, fixed-length": policy_gradient(
+        partial(ppo_clip, aggregation="fixed-length", length=8)
+    ),
+    "gspo": policy_gradient(partial(gspo, epsilon=0.2, epsilon_high=0.3)),
+    "cispo": policy_gradient(partial(cispo, epsilon_high=1.2)),
+    "pmd": policy_gradient(partial(pmd, tau=0.3)),
+    "dro": policy_gradient(partial(dro, beta=0.3)),
+    "value_loss": values,
     "lco_kl": matching(lco_kl),
     "lco_log_cosh": matching(lco_log_cosh),
     "lco_mse": matching(lco_mse),
