@@ -363,6 +363,6 @@ def _left_padded(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Te
     ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
+        ids[row, width - len(prompt) :] = torch.as_tensor(np.asarray(prompt, dtype=np.int64))
         mask[row, width - len(prompt) :] = 1
     return ids, mask

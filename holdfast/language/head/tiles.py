@@ -55,6 +55,7 @@ class Head:
 
 
 def check_temperature(temperature: float) -> None:
+    """Refuse a temperature that logits cannot be divided by."""
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature is {temperature}: it must be positive and finite")
 
