@@ -404,6 +404,15 @@ def test_sources_with_one_matrix_are_projected_together(sources, extent):
     assert products() == projections + 2 * number
 
 
+@pytest.mark.parametrize("name", CHUNKED)
+def test_one_matrix_with_two_biases(name):
+    problem = make(20, bias=True, sources=(("other", 1.0), ("other", 0.5)))
+    (hidden, head, coefficient), *rest = problem.sources
+    problem.sources = [(hidden, replace(head, bias=head.bias.detach() + 1.5), coefficient), *rest]
+    problem.sources.append((hidden, Head(head.weight, None, head.scale), coefficient))
+    assert_agrees(problem.loss(name), problem.inputs, problem, DENSE[name], 1e-10)
+
+
 def test_a_soft_cap_keeps_projections_apart():
     for kinds, number in (
         (("policy", "other", "other"), 3),
