@@ -16,7 +16,7 @@ from accelerate import Accelerator
 
 from holdfast.assemble_on_policy import Models, on_policy_objective
 from holdfast.errors import DataError, RecipeError
-from holdfast.joint import Alright, Maxright, Mix, Objective, Schedule, Sequential
+from holdfast.joint import Alright, Interleave, Maxright, Mix, Objective, Schedule, Sequential
 from holdfast.joint.batches import Batches
 from holdfast.joint.checkpoint import Checkpoints
 from holdfast.joint.record import Recorder
@@ -40,6 +40,7 @@ from holdfast.schema import (
     AlrightSpec,
     DpoSpec,
     GkdSpec,
+    InterleaveSpec,
     LanguagePolicySpec,
     MaxrightSpec,
     MixSpec,
@@ -185,6 +186,8 @@ def build_schedule(recipe: Recipe, optima: Mapping[str, float]) -> Schedule:
     spec = recipe.schedule
     if isinstance(spec, MixSpec):
         return Mix(spec.weights)
+    if isinstance(spec, InterleaveSpec):
+        return Interleave(spec.counts)
     if isinstance(spec, AlrightSpec):
         return Alright(spec.weights, recipe.training.seed if spec.seed is None else spec.seed)
     if isinstance(spec, MaxrightSpec):

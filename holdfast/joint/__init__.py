@@ -4,6 +4,7 @@ from holdfast.joint.combine import Combiner, WeightedSum
 from holdfast.joint.objective import LossTerms, Objective, Source
 from holdfast.joint.schedules import (
     Alright,
+    Interleave,
     Maxright,
     Mix,
     Schedule,
@@ -15,6 +16,7 @@ from holdfast.joint.schedules import (
 __all__ = [
     "Alright",
     "Combiner",
+    "Interleave",
     "LossTerms",
     "Maxright",
     "Mix",

@@ -103,6 +103,48 @@ class Mix:
         pass
 
 
+class Interleave:
+    """A fixed cycle: so many steps of one objective, then so many of the next, and over again.
+
+    ``{"imitation": 1, "reward": 5}`` is the 1:m interleave of IN-RIL (Gao et al.).
+
+    Parameters
+    ----------
+    counts : mapping of str to int
+        Steps of each objective in a cycle, in order; at least 1 each.
+    """
+
+    gaps: dict[str, float] = {}
+
+    def __init__(self, counts: Mapping[str, int]) -> None:
+        if not counts:
+            raise ValueError("counts is empty: name at least one objective")
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"counts[{name!r}] is {count}: it must be at least 1")
+        self.counts = dict(counts)
+        self.step = 0
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return tuple(self.counts)
+
+    def next(self, probe: Probe) -> Turn:
+        cycle = [name for name, count in self.counts.items() for _ in range(count)]
+        chosen = cycle[self.step % len(cycle)]
+        self.step += 1
+        return Turn({chosen: 1.0})
+
+    def observe(self, name: str, loss: float) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step = int(state["step"])
+
+
 class Alright:
     """ALRIGHT: one objective per optimiser step, drawn from a categorical with the given weights.
 

@@ -28,6 +28,7 @@ from holdfast.schema.policies import LanguagePolicySpec, LoraSpec, TokenizerSpec
 from holdfast.schema.recipe import AnyObjective, AnySchedule, Recipe, TrainingSpec, kinds, names_of
 from holdfast.schema.schedules import (
     AlrightSpec,
+    InterleaveSpec,
     MaxrightSpec,
     MixSpec,
     SequentialSpec,
@@ -49,6 +50,7 @@ __all__ = [
     "GroupedSpec",
     "GrpoSpec",
     "GspoSpec",
+    "InterleaveSpec",
     "LanguagePolicySpec",
     "LcoSpec",
     "LoraSpec",

@@ -27,7 +27,13 @@ from holdfast.schema.on_policy import (
     ReinforceSpec,
 )
 from holdfast.schema.policies import LanguagePolicySpec
-from holdfast.schema.schedules import AlrightSpec, MaxrightSpec, MixSpec, SequentialSpec
+from holdfast.schema.schedules import (
+    AlrightSpec,
+    InterleaveSpec,
+    MaxrightSpec,
+    MixSpec,
+    SequentialSpec,
+)
 
 
 class TrainingSpec(Spec):
@@ -85,7 +91,8 @@ AnyObjective = Annotated[
     Field(discriminator="kind"),
 ]
 AnySchedule = Annotated[
-    SequentialSpec | MixSpec | AlrightSpec | MaxrightSpec, Field(discriminator="kind")
+    SequentialSpec | MixSpec | InterleaveSpec | AlrightSpec | MaxrightSpec,
+    Field(discriminator="kind"),
 ]
 
 

@@ -50,6 +50,29 @@ class MaxrightSpec(WeightedSpec):
     smoothing: float = Field(0.0, ge=0, lt=1, description="of the losses behind the gaps")
 
 
+class InterleaveSpec(Spec):
+    """So many steps of one objective, then so many of the next, over and over (1:m)."""
+
+    kind: Literal["interleave"] = "interleave"
+    counts: dict[str, int] = Field(min_length=1, description="steps of each objective in a cycle")
+
+    @field_validator("counts")
+    @classmethod
+    def _counts(cls, value: dict[str, int]) -> dict[str, int]:
+        for name, count in value.items():
+            if count < 1:
+                raise ValueError(f"{name} is {count}: it must be at least 1")
+        return value
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return tuple(self.counts)
+
+    def where(self, objective: str) -> str:
+        """The entry that names an objective."""
+        return f"counts.{objective}"
+
+
 class StageSpec(Spec):
     """One stage of a sequence: an objective, or a weighted sum of several."""
 

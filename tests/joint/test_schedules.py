@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from holdfast.joint import Alright, Maxright, Mix, Sequential, Stage
+from holdfast.joint import Alright, Interleave, Maxright, Mix, Sequential, Stage
 
 
 def never(name: str) -> float:
@@ -57,6 +57,7 @@ def test_alright_does_not_depend_on_the_order_of_the_weights():
     [
         lambda: Alright({"a": 0.4, "b": 0.6}, 1),
         lambda: Maxright({"a": 0.4, "b": 0.6}, {"a": 0.0, "b": 0.1}, 3, smoothing=0.5),
+        lambda: Interleave({"a": 2, "b": 3}),
         lambda: Sequential({"a": 7, "b": 30}),
         lambda: Mix({"a": 0.4, "b": 0.6}),
     ],
@@ -219,3 +220,14 @@ def test_maxright_averages_probes_alone_where_nothing_is_stale():
     schedule.observe("a", 0.0)
     schedule.next(lambda name: 4.0)
     assert schedule.gaps == {"a": 4.0}
+
+
+def test_interleave_goes_round_in_its_counts():
+    names = [next(iter(turn)) for turn in take(Interleave({"il": 1, "rl": 3}), 9)]
+    assert names == ["il", "rl", "rl", "rl", "il", "rl", "rl", "rl", "il"]
+
+
+@pytest.mark.parametrize("counts", [{}, {"a": 0}, {"a": 2, "b": -1}])
+def test_interleave_refuses_counts_below_one(counts):
+    with pytest.raises(ValueError, match="counts"):
+        Interleave(counts)
