@@ -262,7 +262,7 @@ def _picture(
             labels.append(f"{row['setting']:g}")
             position += 1
         position += 0.8
-    right.set_xticks(ticks, labels, fontsize=8)
+    right.set_xticks(ticks, labels, fontsize=8, rotation=60)
     right.set_xlabel("share of the first stage (sequences) or λ (joint)")
     right.set_ylabel("ideal distance (held out)")
     right.set_title("Ideal distance after equal updates")
