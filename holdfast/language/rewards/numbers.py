@@ -9,9 +9,9 @@ from fractions import Fraction
 def final_number(text: str) -> Fraction | None:
     r"""The number that a text ends with, or ``None`` if it has none.
 
-    The last of those marked by ``####`` at the start of a line's end or by ``\boxed{}``; without
-    either, the last number in the text. A ``\boxed{}`` that holds something other than a number
-    (``\boxed{\sqrt{2}}``, ``\boxed{3x}``) is ``None``; a ``####`` that does not, is a heading.
+    The last of those marked by ``####`` or ``\boxed{}``; without either, the last number in the
+    text. Where ``\boxed{}`` holds something else (``\boxed{\sqrt{2}}``, ``\boxed{3x}``) the answer
+    is not a number; where something else follows ``####`` on its line, that is a heading.
 
     Read are signs, thousands separated by commas (``1,234``), decimals (``.5``), fractions
     (``1/2``, ``1 1/2``, ``\frac{1}{2}``). Currency, per cent signs and units are left out: ``$5``,
