@@ -406,6 +406,7 @@ class Lco:
                 torch.ones_like(ids, dtype=torch.bool),
                 bonus=bonus,
                 temperature=self.temperature,
+                logit_gap=True,
             )
             with torch.no_grad():
                 seen = token_statistics(
@@ -414,7 +415,7 @@ class Lco:
             return terms, seen
 
         terms, seen = policy(batch.input_ids, batch.labels, read=read)
-        return LossTerms(terms.total, terms.count, batch.metrics(seen))
+        return LossTerms(terms.total, terms.count, {**batch.metrics(seen), **terms.metrics})
 
     def _target(
         self, batch: _Batch, behaviour: Tensor, head: Head, ids: Tensor

@@ -699,3 +699,23 @@ def test_bad_numbers_name_themselves():
             chunked_gkd(
                 problem.hidden, problem.head, problem.sources[0][:2], problem.mask, beta=beta
             )
+
+
+@pytest.mark.parametrize("tile", [(None, None), (2, 3), (3, 11)])
+@pytest.mark.parametrize("match", [chunked_lco_kl, chunked_lco_mse, chunked_lco_log_cosh])
+def test_the_logit_gap_is_the_deviation_from_the_target_and_changes_nothing_else(match, tile):
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    hidden, other, weight = normal(4, 5).requires_grad_(), normal(4, 5), normal(11, 5)
+    mask = torch.tensor([True, False, True, True])
+    sources, options = [(other, weight, 0.7)], {"tile_tokens": tile[0], "tile_vocab": tile[1]}
+    terms = match(hidden, weight, sources, mask, logit_gap=True, **options)
+    plain = match(hidden, weight, sources, mask, **options)
+    gaps = (hidden @ weight.T - 0.7 * other @ weight.T).std(-1, correction=0)
+    torch.testing.assert_close(terms.metrics["logit_gap"], gaps[mask].sum().detach())
+    assert terms.total == plain.total and not plain.metrics
+    grads = [torch.autograd.grad(x.total, hidden)[0] for x in (terms, plain)]
+    assert torch.equal(*grads)

@@ -185,5 +185,35 @@ def generalised_jsd(beta: float, like: Tensor, vocab: int) -> Divergence:
     return JensenShannon(like, vocab, beta)
 
 
+class WithLogitGap:
+    """A divergence that also measures how far the logits are from their target.
+
+    The gap of a row is the deviation of ``z - t`` over the vocabulary: constants have no part in it.
+    Whoever made the divergence finds the gaps of its rows in ``found``, part by part.
+    """
+
+    def __init__(self, inner: Divergence, like: Tensor, vocab: int, found: list[Tensor]) -> None:
+        self.inner = inner
+        self.stages = inner.stages
+        self.vocab = vocab
+        self.found = found
+        self.sums, self.squares = torch.zeros_like(like), torch.zeros_like(like)
+
+    def fold(self, stage: int, rows: slice, z: Tensor, t: Tensor) -> None:
+        self.inner.fold(stage, rows, z, t)
+        if stage == 0:
+            gap = z - t
+            self.sums[rows] += gap.sum(1)
+            self.squares[rows] += gap.square_().sum(1)
+
+    def residual_(self, rows: slice, z: Tensor, t: Tensor) -> None:
+        self.inner.residual_(rows, z, t)
+
+    def losses(self) -> Tensor:
+        mean = self.sums / self.vocab
+        self.found.append((self.squares / self.vocab - mean.square()).clamp_(min=0.0).sqrt_())
+        return self.inner.losses()
+
+
 def _column(values: Tensor, rows: slice) -> Tensor:
     return values[rows].unsqueeze(1)

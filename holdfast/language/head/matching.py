@@ -26,6 +26,7 @@ from holdfast.language.head.divergences import (
     ForwardKl,
     LogCosh,
     SquaredError,
+    WithLogitGap,
     generalised_jsd,
 )
 from holdfast.language.head.tiles import (
@@ -72,6 +73,7 @@ def chunked_lco_kl(
     bonus: Bonus | None = None,
     temperature: float = 1.0,
     token_weights: Tensor | None = None,
+    logit_gap: bool = False,
     tile_tokens: int | None = None,
     tile_vocab: int | None = None,
 ) -> LossTerms:
@@ -98,13 +100,15 @@ def chunked_lco_kl(
         All logits are divided by it, the policy's and the sources'. Positive.
     token_weights : Tensor, optional
         ``(...)``: weight of every counted position; the count is their sum. By default 1.
+    logit_gap : bool
+        Also measure the deviation over the vocabulary of the policy's logits from the target's.
     tile_tokens, tile_vocab : int, optional
         Extent of a tile. They change the result by rounding only.
 
     Returns
     -------
     LossTerms
-        In nats. Without metrics.
+        In nats. Metric ``logit_gap`` if asked for.
 
     Raises
     ------
@@ -113,7 +117,7 @@ def chunked_lco_kl(
     """
     return _chunked(
         ForwardKl, hidden, weight, sources, mask, bonus, temperature, token_weights,
-        tile_tokens, tile_vocab,
+        tile_tokens, tile_vocab, logit_gap,
     )  # fmt: skip
 
 
@@ -126,13 +130,14 @@ def chunked_lco_mse(
     bonus: Bonus | None = None,
     temperature: float = 1.0,
     token_weights: Tensor | None = None,
+    logit_gap: bool = False,
     tile_tokens: int | None = None,
     tile_vocab: int | None = None,
 ) -> LossTerms:
     """``(1 / vocab) sum (z - t)^2``; otherwise as :func:`chunked_lco_kl`."""
     return _chunked(
         SquaredError, hidden, weight, sources, mask, bonus, temperature, token_weights,
-        tile_tokens, tile_vocab,
+        tile_tokens, tile_vocab, logit_gap,
     )  # fmt: skip
 
 
@@ -145,13 +150,14 @@ def chunked_lco_log_cosh(
     bonus: Bonus | None = None,
     temperature: float = 1.0,
     token_weights: Tensor | None = None,
+    logit_gap: bool = False,
     tile_tokens: int | None = None,
     tile_vocab: int | None = None,
 ) -> LossTerms:
     """``(1 / vocab) sum log cosh(z - t)``; otherwise as :func:`chunked_lco_kl`."""
     return _chunked(
         LogCosh, hidden, weight, sources, mask, bonus, temperature, token_weights,
-        tile_tokens, tile_vocab,
+        tile_tokens, tile_vocab, logit_gap,
     )  # fmt: skip
 
 
@@ -256,6 +262,7 @@ def _chunked(
     token_weights: Tensor | None,
     tile_tokens: int | None,
     tile_vocab: int | None,
+    logit_gap: bool = False,
 ) -> LossTerms:
     _check_mask(mask)
     check_temperature(temperature)
@@ -269,18 +276,28 @@ def _chunked(
     rows = _Rows(mask, token_weights)
     target = _Target(sources, bonus or Bonus(), rows, vocab, temperature)
     extent = _extent(len(rows.weights), vocab, hidden.device, tile_tokens, tile_vocab)
+    gaps: list[Tensor] = []
+
+    def watched(like: Tensor, vocab: int) -> Divergence:
+        divergence = kind(like, vocab)
+        return WithLogitGap(divergence, like, vocab, gaps) if logit_gap else divergence
+
     total = _TiledMatch.apply(
         rows.gather(hidden.reshape(-1, width)),
         head.weight,
         head.bias,
         rows.weights,
         target,
-        kind,
+        watched,
         Activation.of(head.scale, head.softcap, temperature),
         extent,
         torch.is_grad_enabled(),
     )
-    return LossTerms(total, rows.count, {})
+    metrics = {}
+    if logit_gap:
+        found = torch.cat(gaps) if gaps else total.new_zeros(0)
+        metrics["logit_gap"] = (found * rows.weights).sum().detach()
+    return LossTerms(total, rows.count, metrics)
 
 
 def _head(weight: Tensor | Head) -> Head:
