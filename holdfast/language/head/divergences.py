@@ -188,7 +188,7 @@ def generalised_jsd(beta: float, like: Tensor, vocab: int) -> Divergence:
 class WithLogitGap:
     """A divergence that also measures how far the logits are from their target.
 
-    The gap of a row is the deviation of ``z - t`` over the vocabulary: constants have no part in it.
+    The gap of a row is the deviation of ``z - t`` over the vocabulary: no constant counts.
     Whoever made the divergence finds the gaps of its rows in ``found``, part by part.
     """
 
