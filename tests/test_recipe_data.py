@@ -1,4 +1,4 @@
-"""The quickstart data are what their generator writes, and make a fair pair of objectives."""
+"""The shipped data are what their generator writes, and make a fair pair of objectives."""
 
 import importlib.util
 import json
@@ -26,7 +26,13 @@ def test_the_generator_writes_the_committed_bytes():
     generator = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generator)
     written = {name: text.encode() for name, text in generator.files().items()}
-    assert written == {path.name: path.read_bytes() for path in (DEMONSTRATIONS, PREFERENCES)}
+    assert written == {path.name: path.read_bytes() for path in DATA.glob("*.jsonl")}
+
+
+def test_sums_are_right():
+    for row in rows(DATA / "sums.jsonl"):
+        left, right = row["prompt"].removesuffix("=").split("+")
+        assert row["completion"] == row["answer"] == str(int(left) + int(right))
 
 
 @pytest.mark.parametrize("path", COLUMNS, ids=lambda path: path.stem)

@@ -117,10 +117,11 @@ def test_a_run_directory_holds_all_that_its_readers_expect(tmp_path):
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_shipped_recipes_train_from_any_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    overrides = ["training.max_steps=2", "objectives.sft.optimum=1", "objectives.dpo.optimum=0.1"]
-    run = runs.train(load_recipe(name, overrides))
+    optima = {objective: 0.5 for objective in load_recipe(name).objectives}
+    overrides = [f"objectives.{objective}.optimum=0.5" for objective in optima]
+    run = runs.train(load_recipe(name, ["training.max_steps=2", *overrides]))
     assert run == Path("runs") / name and (tmp_path / run / "run.json").is_file()
-    assert described(run)["optima"] == {"sft": 1.0, "dpo": 0.1}
+    assert described(run)["optima"] == optima
     first, second = lines(run, "train")
     assert (first["step"], second["step"]) == (1, 2)
 

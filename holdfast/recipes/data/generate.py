@@ -1,6 +1,6 @@
-"""Write the data of the ``quickstart`` recipe: two objectives that pull one style two ways.
+"""Write the data of the shipped recipes.
 
-Both files ask the same kinds of short question. The demonstrations answer in a word
+``quickstart_*``: two objectives that pull one style two ways. Both files ask the same kinds of short question. The demonstrations answer in a word
 (``" cold"``); the preferences hold that word against a courteous sentence (``" The answer is cold.
 Glad to help!"``) and choose the sentence. Every answer is right, so the only conflict is one of
 style: a model tuned on one file after the other forgets the first.
@@ -8,7 +8,9 @@ style: a model tuned on one file after the other forgets the first.
 Each fact is asked in several wordings, and a wording of a fact occurs once over both files: rows
 held out by prompt can be answered by what was learnt from other wordings.
 
-Run ``python generate.py`` to write the two files beside this script. The same bytes come out every
+``sums``: demonstrations that are prompts with a checkable answer as well, for rewards.
+
+Run ``python generate.py`` to write the files beside this script. The same bytes come out every
 time, on every platform: the order is that of a hash, not of a random generator.
 """
 
@@ -170,12 +172,21 @@ def preference(question: str, answer: str) -> dict[str, str]:
     return {"prompt": f"Q: {question}\nA:", "chosen": sentence, "rejected": f" {answer}"}
 
 
+def sums() -> Iterator[dict[str, str]]:
+    """Sums of two numbers below 30: prompt, completion, and the answer for reward functions."""
+    pairs = [(left, right) for left in range(30) for right in range(30)]
+    for left, right in sorted(pairs, key=lambda pair: draw(f"sum/{pair}")):
+        total = str(left + right)
+        yield {"prompt": f"{left}+{right}=", "completion": total, "answer": total}
+
+
 def files() -> dict[str, str]:
     """File names with their contents, one JSON object a line."""
     shuffled = sorted(facts(), key=lambda fact: draw(f"order/{fact[0]}"))
     rows = {
         "quickstart_demonstrations.jsonl": [demonstration(*fact) for fact in shuffled[:ROWS]],
         "quickstart_preferences.jsonl": [preference(*fact) for fact in shuffled[ROWS : 2 * ROWS]],
+        "sums.jsonl": list(sums()),
     }
     return {name: "".join(json.dumps(row) + "\n" for row in rows[name]) for name in rows}
 

@@ -131,7 +131,7 @@ HALVES = [
 
 
 @pytest.mark.parametrize(
-    "answer", [r"\frac{1}{2}", r"$\frac12$", r"\boxed{0.5}", "1/2", "#### 0.5"]
+    "answer", [r"\frac{1}{2}", r"$\frac12$", r"\boxed{0.5}", "1/2", "First $3$.\n#### \\frac12"]
 )
 def test_math_verify_compares_expressions(answer):
     completions, expected = zip(*HALVES, strict=True)

@@ -1,5 +1,6 @@
 """Rewards are found by name, and what cannot be found or used is named with what is near."""
 
+import json
 import subprocess
 import sys
 
@@ -73,6 +74,12 @@ def test_files_of_one_name_are_kept_apart(file, tmp_path):
     other.write_text("def length(completions, **columns):\n    return [-1.0]\n", encoding="utf-8")
     first, second = load_reward(f"{file}:length"), load_reward(f"{other}:length")
     assert first(completions=["abc"]) == [3.0] and second(completions=["abc"]) == [-1.0]
+
+
+def test_a_file_does_not_take_the_place_of_a_module_of_its_name(tmp_path):
+    (tmp_path / "json.py").write_text(CODE, encoding="utf-8")
+    load_reward(f"{tmp_path / 'json.py'}:length")
+    assert sys.modules["json"] is json
 
 
 def test_functions_of_a_module_are_found(package):
