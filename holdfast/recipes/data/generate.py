@@ -2,15 +2,15 @@
 
 ``quickstart_*``: two objectives that pull one style two ways. Both files ask the same kinds of
 short question. The demonstrations answer in a word (``" cold"``); the preferences hold that word
-against a courteous sentence (``" The answer is cold. Glad to help!"``) and choose the sentence. Every
-answer is right, so the only conflict is one of style: a model tuned on one file after the other
-forgets the first. Each fact is asked in several wordings, and a wording of a fact occurs once over
-both files: rows held out by prompt can be answered by what was learnt from other wordings.
+against a courteous sentence (``" The answer is cold. Glad to help!"``) and choose the sentence.
+Every answer is right, so the only conflict is one of style: a model tuned on one file after the
+other forgets the first. Each fact is asked in several wordings, and a wording of a fact occurs once
+over both files: rows held out by prompt can be answered by what was learnt from other wordings.
 
 ``sums``: demonstrations that are prompts with a checkable answer as well, for rewards.
 
-Run ``python generate.py`` to write the files beside this script. The same bytes come out every time,
-on every platform: the order is that of a hash, not of a random generator.
+Run ``python generate.py`` to write the files beside this script. The same bytes come out every
+time, on every platform: the order is that of a hash, not of a random generator.
 """
 
 from __future__ import annotations
