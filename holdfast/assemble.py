@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 
 from holdfast.assemble_on_policy import Models, on_policy_objective
 from holdfast.errors import DataError, RecipeError
@@ -115,7 +116,7 @@ def assemble(
     if recipe.training.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
     policy.to(accelerator.device)
-    if any(isinstance(spec, PpoSpec) for spec in recipe.objectives.values()):
+    if _has_critic(recipe):
         policy.add_value_head()
     weights = policy.fingerprint()
     models = Models(policy, recipe.policy.dtype, accelerator.device)
@@ -256,6 +257,10 @@ def _tokenizer(spec: LanguagePolicySpec, saved: Path | None) -> Any:
     return build_tokenizer()
 
 
+def _has_critic(recipe: Recipe) -> bool:
+    return any(isinstance(spec, PpoSpec) for spec in recipe.objectives.values())
+
+
 def _demonstrations_of(
     name: str, spec: OnPolicySpec, prompts: Sequence[Prompt], policy: LanguagePolicy
 ) -> list[Demonstration]:
@@ -362,6 +367,10 @@ def accelerator_for(recipe: Recipe, folder: Path) -> Accelerator:
                 mixed_precision="bf16" if recipe.training.bf16 else "no",
                 log_with=wanted or None,
                 project_dir=str(folder),
+                # A critic takes part in its own objective's steps alone.
+                kwargs_handlers=[
+                    DistributedDataParallelKwargs(find_unused_parameters=_has_critic(recipe))
+                ],
             )
     except (ValueError, ImportError) as error:
         raise RecipeError(f"training.report_to or training.bf16: {error}") from error

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 from holdfast.assemble import accelerator_for, assemble, build_trainer
@@ -19,11 +20,12 @@ def main(recipe_path: str, out: str) -> None:
     for name, objective in trainer.objectives.items():
         gradient, summary = trainer._gradient(objective, objective.source.next())
         for (key, _), part in zip(trainer._named, gradient, strict=True):
-            saved[f"{name}/{key}"] = part.clone()
-        saved["world"] = part.new_tensor([accelerator.num_processes])
-        saved[f"{name}/loss"] = part.new_tensor([summary.loss, summary.count])
+            if part is not None:
+                saved[f"{name}/{key}"] = part.clone()
+        saved["world"] = torch.tensor([accelerator.num_processes])
+        saved[f"{name}/loss"] = torch.tensor([summary.loss, summary.count])
         evaluated = trainer.evaluate(objective, objective.held_out)
-        saved[f"{name}/held_out"] = part.new_tensor([evaluated.loss, evaluated.count])
+        saved[f"{name}/held_out"] = torch.tensor([evaluated.loss, evaluated.count])
     for _ in range(3):
         trainer.train_step()
     for key, parameter in trainer._named:
