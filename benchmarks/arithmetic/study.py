@@ -34,12 +34,14 @@ UNCLIPPED = ("ppo", "grpo")
 STRENGTHS = {
     "sparse/pmd": (0.1, 0.3, 1.0, 3.0),
     "sparse/dro": (0.03, 0.1, 0.3, 1.0),
-    "sparse/lco_kl": (0.3, 1.0, 3.0, 10.0),
+    "sparse/lco_kl": (0.3, 1.0, 3.0, 10.0, 30.0),
     "sparse/lco_mse": (0.01, 0.03, 0.1, 0.3, 1.0),
-    "sparse/lco_log_cosh": (0.03, 0.1, 0.3, 1.0, 3.0),
-    "dense/lco_kl": (0.3, 1.0, 3.0, 10.0),
-    "dense/lco_mse": (0.3, 1.0, 3.0, 10.0),
-    "dense/lco_log_cosh": (0.3, 1.0, 3.0, 10.0),
+    "sparse/lco_log_cosh": (0.1, 0.3, 1.0, 3.0, 10.0, 30.0),
+    # The target moves on with the policy from one batch to the next, so that a small beta follows
+    # the preference-tuned model far beyond where it is right.
+    "dense/lco_kl": (1.0, 3.0, 10.0, 30.0, 100.0, 300.0),
+    "dense/lco_mse": (1.0, 3.0, 10.0, 30.0, 100.0, 300.0),
+    "dense/lco_log_cosh": (1.0, 3.0, 10.0, 30.0, 100.0, 300.0),
     "dense/gkd": (0.0, 0.5, 1.0),
 }
 """What is tried for a method's own option: the KL strength, or the divergence of GKD."""

@@ -28,8 +28,9 @@ class Divergence(Protocol):
         """Take in a part of the vocabulary for some of the rows."""
         ...
 
-    def residual_(self, rows: slice, z: Tensor, t: Tensor) -> None:
-        """Overwrite ``z`` with the derivative of the rows' losses with respect to it."""
+    def residual_(self, rows: slice, z: Tensor, t: Tensor, factors: Tensor) -> None:
+        """Overwrite ``z`` with the derivative of the rows' losses with respect to it, times a
+        factor of each row, ``(rows, 1)``."""
         ...
 
     def losses(self) -> Tensor:
@@ -70,9 +71,9 @@ class ForwardKl:
         self.policy.fold(rows, z)
         self.target.fold(rows, t, t - z)
 
-    def residual_(self, rows: slice, z: Tensor, t: Tensor) -> None:
+    def residual_(self, rows: slice, z: Tensor, t: Tensor, factors: Tensor) -> None:
         target = (t - _column(self.target.lse, rows)).exp_()
-        z.sub_(_column(self.policy.lse, rows)).exp_().sub_(target)
+        z.sub_(_column(self.policy.lse, rows)).exp_().sub_(target).mul_(factors)
 
     def losses(self) -> Tensor:
         return self.target.mean - self.target.lse + self.policy.lse
@@ -90,9 +91,9 @@ class ReverseKl:
         self.policy.fold(rows, z, z - t)
         self.target.fold(rows, t)
 
-    def residual_(self, rows: slice, z: Tensor, t: Tensor) -> None:
+    def residual_(self, rows: slice, z: Tensor, t: Tensor, factors: Tensor) -> None:
         above = (z - t).sub_(_column(self.policy.mean, rows))
-        z.sub_(_column(self.policy.lse, rows)).exp_().mul_(above)
+        z.sub_(_column(self.policy.lse, rows)).exp_().mul_(above).mul_(factors)
 
     def losses(self) -> Tensor:
         return self.policy.mean - self.policy.lse + self.target.lse
@@ -127,10 +128,10 @@ class JensenShannon:
         mixed = torch.logaddexp(log_s + math.log1p(-self.beta), log_t + math.log(self.beta))
         return log_s, log_t, mixed
 
-    def residual_(self, rows: slice, z: Tensor, t: Tensor) -> None:
+    def residual_(self, rows: slice, z: Tensor, t: Tensor, factors: Tensor) -> None:
         log_s, _, log_m = self._logs(rows, z, t)
         above = log_m.neg_().add_(log_s).sub_(_column(self.policy_kl, rows))
-        torch.mul(log_s.exp_().mul_(above), 1.0 - self.beta, out=z)
+        torch.mul(log_s.exp_().mul_(above), factors * (1.0 - self.beta), out=z)
 
     def losses(self) -> Tensor:
         return self.beta * self.target_kl + (1.0 - self.beta) * self.policy_kl
@@ -148,8 +149,8 @@ class SquaredError:
     def fold(self, stage: int, rows: slice, z: Tensor, t: Tensor) -> None:
         self.sums[rows] += (z - t).square_().sum(1)
 
-    def residual_(self, rows: slice, z: Tensor, t: Tensor) -> None:
-        z.sub_(t).mul_(2.0 / self.vocab)
+    def residual_(self, rows: slice, z: Tensor, t: Tensor, factors: Tensor) -> None:
+        z.sub_(t).mul_(factors * (2.0 / self.vocab))
 
     def losses(self) -> Tensor:
         return self.sums / self.vocab
@@ -169,8 +170,8 @@ class LogCosh:
         # softplus(-2 |d|) is log1p(exp(-2 |d|)).
         self.sums[rows] += F.softplus(-2.0 * far).add_(far).sub_(math.log(2.0)).sum(1)
 
-    def residual_(self, rows: slice, z: Tensor, t: Tensor) -> None:
-        z.sub_(t).tanh_().mul_(1.0 / self.vocab)
+    def residual_(self, rows: slice, z: Tensor, t: Tensor, factors: Tensor) -> None:
+        z.sub_(t).tanh_().mul_(factors * (1.0 / self.vocab))
 
     def losses(self) -> Tensor:
         return self.sums / self.vocab
@@ -206,8 +207,8 @@ class WithLogitGap:
             self.sums[rows] += gap.sum(1)
             self.squares[rows] += gap.square_().sum(1)
 
-    def residual_(self, rows: slice, z: Tensor, t: Tensor) -> None:
-        self.inner.residual_(rows, z, t)
+    def residual_(self, rows: slice, z: Tensor, t: Tensor, factors: Tensor) -> None:
+        self.inner.residual_(rows, z, t, factors)
 
     def losses(self) -> Tensor:
         mean = self.sums / self.vocab

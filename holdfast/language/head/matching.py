@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -279,7 +280,7 @@ def _chunked(
     gaps: list[Tensor] = []
 
     def watched(like: Tensor, vocab: int) -> Divergence:
-        divergence = kind(like, vocab)
+        divergence = _begin(kind, like, vocab)
         return WithLogitGap(divergence, like, vocab, gaps) if logit_gap else divergence
 
     total = _TiledMatch.apply(
@@ -513,6 +514,25 @@ def _strips(tile: Tensor) -> Iterator[slice]:
     return tiles(rows, max(size, 1))
 
 
+def _begin(kind: Kind, like: Tensor, vocab: int) -> Divergence:
+    """The divergence of rows like a vector, over a vocabulary."""
+    divergence = kind(like, vocab)
+    if not _kernels_serve(like):
+        return divergence
+    from holdfast.language.head.kernels import fused
+
+    return fused(divergence)
+
+
+def _kernels_serve(like: Tensor) -> bool:
+    return like.is_cuda and like.dtype == torch.float32 and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
 class _TiledMatch(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -565,8 +585,7 @@ class _TiledMatch(torch.autograd.Function):
                         if divergence.stages == 0:
                             divergence.fold(0, rows, z[rows], t[rows])
                         if any(needs):
-                            divergence.residual_(rows, z[rows], t[rows])
-                            z[rows].mul_(factors[tokens][rows])
+                            divergence.residual_(rows, z[rows], t[rows], factors[tokens][rows])
                             if slope is not None:
                                 z[rows].mul_(slope[rows])
                     if not any(needs):
@@ -605,16 +624,17 @@ class _DenseMatch(torch.autograd.Function):
     ) -> Tensor:
         sums = torch.promote_types(torch.promote_types(z.dtype, t.dtype), torch.float32)
         row_weights = row_weights.to(sums)
-        scaled, target = z.to(sums) / temperature, t.to(sums) / temperature
-        divergence = kind(row_weights, z.shape[1])
+        scaled, target = ((x.to(sums) / temperature).contiguous() for x in (z, t))
+        divergence = _begin(kind, row_weights, z.shape[1])
         everything = slice(None)
         for stage in range(max(divergence.stages, 1)):
             divergence.fold(stage, everything, scaled, target)
         total = (divergence.losses() * row_weights).sum()
         ctx.dtype = z.dtype
         if ctx.needs_input_grad[0]:
-            divergence.residual_(everything, scaled, target)
-            ctx.save_for_backward(scaled.mul_(row_weights.unsqueeze(1) / temperature))
+            factors = row_weights.unsqueeze(1) / temperature
+            divergence.residual_(everything, scaled, target, factors)
+            ctx.save_for_backward(scaled)
         return total
 
     @staticmethod
