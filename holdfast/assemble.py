@@ -141,6 +141,7 @@ def assemble(
                 accelerator,
                 recipe.training.seed,
             )
+            digests[name] = _digest(digests[name], *models.fingerprints(), *_code_of(spec))
             continue
         assert isinstance(spec, NllSpec | DpoSpec)
         if isinstance(spec, DpoSpec):
@@ -166,7 +167,7 @@ def assemble(
             optimum=spec.optimum if isinstance(spec.optimum, float) else None,
             micro_batch_size=spec.micro_batch_size or spec.batch_size,
         )
-    everything = _digest(recipe.fingerprint(), *digests.values(), *models.fingerprints())
+    everything = _digest(recipe.fingerprint(), *digests.values())
     keys = {name: _digest(alone(recipe, name).fingerprint(), digests[name]) for name in objectives}
     return Assembly(policy, objectives, everything, keys)
 
@@ -255,6 +256,12 @@ def _tokenizer(spec: LanguagePolicySpec, saved: Path | None) -> Any:
         ]
         return train_bpe(corpus, chosen.vocab_size)
     return build_tokenizer()
+
+
+def _code_of(spec: OnPolicySpec) -> list[str]:
+    """Digests of the files that reward functions come from."""
+    files = [Path(reward.name.rpartition(":")[0]) for reward in spec.rewards if ":" in reward.name]
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
 
 
 def _has_critic(recipe: Recipe) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from holdfast import schema
-from holdfast.errors import RecipeError
+from holdfast.errors import ModelError, RecipeError
 from holdfast.joint import LossTerms, Objective
 from holdfast.joint.objective import Source, Summary
 from holdfast.language.advantages import batch_baseline, group_normalized, leave_one_out
@@ -50,9 +50,13 @@ class Models:
 
     def __post_init__(self) -> None:
         self._loaded: dict[str | None, Frozen] = {}
+        self.asked: set[str] = set()
+        """Names that were asked for; to be emptied by whoever wants to know them."""
 
     def get(self, name: str | None, where: str) -> Frozen:
         """A model by name; ``None``: the policy as it stands now."""
+        if name is not None:
+            self.asked.add(name)
         if name not in self._loaded:
             if name is None:
                 self._loaded[name] = Frozen.start_of(self.policy)
@@ -65,12 +69,10 @@ class Models:
         return self._loaded[name]
 
     def fingerprints(self) -> list[str]:
-        """Digests of those that were loaded by name."""
-        return [
-            f"{name} {model.policy.fingerprint()}"
-            for name, model in self._loaded.items()
-            if name is not None
-        ]
+        """Digests of those that were asked for by name since the last time."""
+        found = [f"{name} {self._loaded[name].policy.fingerprint()}" for name in sorted(self.asked)]
+        self.asked.clear()
+        return found
 
 
 def on_policy_objective(
@@ -114,6 +116,7 @@ def on_policy_objective(
 
     generator = _generator(name, spec, policy, models)
     signals, loss = _signals_and_loss(spec, policy, models)
+    signals.autocast = accelerator.autocast
     source: Source = Rollouts(
         train,
         generator,
@@ -141,7 +144,9 @@ def on_policy_objective(
     alone = generator if isinstance(generator, VllmGenerator) else TransformersGenerator(policy)
     evaluate: Callable[[Any, Any], LossTerms]
     if rewards is None:
-        evaluate = DivergenceEvaluation(alone, evaluated, signals, loss, decode)
+        # MiniLLM's reward of later tokens is a surrogate of the divergence, and no part of it.
+        divergence = replace(loss, later=None)
+        evaluate = DivergenceEvaluation(alone, evaluated, signals, divergence, decode)
         observed: Callable[[Summary], float | None] = _loss_of
     else:
         evaluate, observed = RewardEvaluation(alone, evaluated, rewards, decode), _cost_of
@@ -182,13 +187,18 @@ def _sampling(spec: schema.OnPolicySpec, temperature: float) -> Sampling:
 def _rewards(name: str, spec: schema.OnPolicySpec) -> Rewards | None:
     if not spec.rewards:
         return None
+
+    def shown(name: str) -> str:
+        """Without the folders of a file, which are no part of what a metric is called."""
+        return name.rpartition("/")[2]
+
     try:
-        functions = {
-            reward.name: load_reward(reward.name, reward.options) for reward in spec.rewards
-        }
+        functions = {shown(one.name): load_reward(one.name, one.options) for one in spec.rewards}
     except RecipeError as error:
         raise RecipeError(f"objectives.{name}.rewards: {error}") from error
-    return Rewards(functions, {reward.name: reward.weight for reward in spec.rewards})
+    if len(functions) < len(spec.rewards):
+        raise RecipeError(f"objectives.{name}.rewards: two have one name: {', '.join(functions)}")
+    return Rewards(functions, {shown(reward.name): reward.weight for reward in spec.rewards})
 
 
 def _generator(
@@ -227,13 +237,16 @@ def _signals_and_loss(
         signals.minillm = (teacher, spec.teacher_mixed_alpha, spec.length_normalization)
         signals.whiten = True
         later: PolicyLoss = partial(ppo_clip, epsilon=spec.epsilon)
-        return signals, Distillation(policy.pad_id, teacher, 1.0, spec.temperature, later)
+        return signals, Distillation(
+            policy.pad_id, teacher, 1.0, spec.temperature, later, sampling=spec.temperature
+        )
     assert isinstance(spec, schema.RewardedSpec)
     if spec.preference is not None:
         tuned = models.get(spec.preference.reward_model, "reward_model")
         reference = models.get(spec.preference.reference_model, "reference_model")
     if isinstance(spec, schema.LcoSpec):
         signals.behaviour = "hidden" if reused else "none"
+        kept = signals.kept_head
         sources: dict[str, tuple[Frozen, float]] = {}
         if spec.preference is not None:
             strength = spec.preference.beta_rm
@@ -252,7 +265,13 @@ def _signals_and_loss(
             sources=sources,
             centre=spec.centre,
             temperature=spec.temperature,
+            behaviour_head=kept,
         )
+        if spec.centre == "mean" and any(m.head().softcap for m, _ in sources.values()):
+            raise ModelError(
+                "centre: mean needs the mean of all logits, which is not known in advance where a "
+                "model caps them (soft cap). Use centre: none or logprob."
+            )
         return signals, loss
 
     assert isinstance(spec, schema.PenalisedSpec)
@@ -301,9 +320,15 @@ def _policy_loss(spec: schema.PenalisedSpec) -> tuple[PolicyLoss, Mapping[str, A
             shape = {"aggregation": "sequence-mean"}
             return partial(gspo, epsilon=spec.epsilon, epsilon_high=high, **shape), shape
         case schema.CispoSpec():
-            return partial(cispo, epsilon_high=spec.epsilon_high or 5.0), {}
+            return partial(cispo, epsilon_low=spec.epsilon_low, epsilon_high=spec.epsilon_high), {}
         case schema.PmdSpec():
-            return partial(pmd, tau=spec.tau), {"aggregation": "sequence-mean"}
+            loss = partial(pmd, tau=spec.tau)
+            if spec.preference is None:
+                # The advantage is the sequence's, once: on every token it would count every time.
+                return lambda a, b, amounts, mask: loss(a, b, _of_sequence(amounts, mask), mask), {
+                    "aggregation": "sequence-mean"
+                }
+            return loss, {"aggregation": "sequence-mean"}
         case schema.DroSpec():
             return partial(dro, beta=spec.kl_coef), {}
         case schema.GrpoSpec():
@@ -312,7 +337,7 @@ def _policy_loss(spec: schema.PenalisedSpec) -> tuple[PolicyLoss, Mapping[str, A
             shape = {"aggregation": "fixed-length", "length": spec.max_completion_length}
         case _:
             shape = {"aggregation": "token-mean"}
-    assert isinstance(spec, schema.GroupedSpec)
+    assert isinstance(spec, schema.ClippedSpec)
     clipped = partial(
         ppo_clip,
         epsilon=spec.epsilon,
@@ -321,6 +346,11 @@ def _policy_loss(spec: schema.PenalisedSpec) -> tuple[PolicyLoss, Mapping[str, A
         **shape,
     )
     return clipped, shape
+
+
+def _of_sequence(amounts: Tensor, mask: Tensor) -> Tensor:
+    """What all tokens of a sequence have in common, ``(batch,)``."""
+    return (amounts * mask).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
 def _shared_by(accelerator: Accelerator) -> Callable[[Any, Sequence[Any]], list[Any]]:

@@ -151,6 +151,10 @@ def test_a_dotted_path_beside_the_recipe_is_a_reward(tmp_path):
         ({"num_generations": 1}, r"num_generations: .*greater than or equal to 2"),
         ({"kind": "lco_kl", "beta": 0}, r"objectives\.rl\.beta"),
         ({"kind": "lco_kl", "num_generations": 1}, r"a group of 2 or more"),
+        ({"kind": "reinforce", "num_generations": 1}, r"baseline leave_one_out compares"),
+        ({"kind": "grpo", "delta": 1.1}, r"delta is 1\.1"),
+        ({"kind": "pmd", "epsilon": 0.2}, r"unknown entry"),
+        ({"kind": "lco_mse", "centre": "logprob"}, r"for dense advantages"),
         ({"rewards": []}, r"rewards is empty"),
         ({"kind": "grop"}, r"'grop' is not known; did you mean 'grpo'"),
         ({"kind": "gkd"}, r"teacher_model_name_or_path: is required"),
@@ -241,3 +245,75 @@ def test_the_resolved_recipe_of_a_run_reads_back_the_same(tmp_path):
     recipe = load_recipe(str(tmp_path / "recipe.yaml"))
     assert again.fingerprint() == recipe.fingerprint()
     assert yaml.safe_load((run / "recipe.yaml").read_text())["objectives"]["rl"]["kind"] == "dapo"
+
+
+def test_pmd_compares_the_ratio_of_a_sequence_with_its_advantage_once(tmp_path):
+    """Not once for every token: the loss of equal ratios is half the mean of A^2 / (tau |y|)."""
+    from accelerate import Accelerator
+
+    from holdfast.assemble import assemble
+
+    recipe = load_recipe(str(write_on_policy(tmp_path, kind="pmd", tau=0.5)))
+    assembly = assemble(recipe, Accelerator(cpu=True))
+    objective = assembly.objectives["rl"]
+    rows = objective.source.next()
+    terms = objective.loss(assembly.policy, rows)
+    amounts = [float(row.signals["advantages"][0]) for row in rows]
+    expected = sum(0.5 * a**2 / 0.5 / row.counted for a, row in zip(amounts, rows, strict=True))
+    assert terms.total.item() == pytest.approx(expected, rel=1e-4) and terms.count == len(rows)
+
+
+def test_rewards_that_judge_only_some_prompts_are_fine_wherever_a_batch_is_cut(tmp_path):
+    tmp_path.joinpath("mine.py").write_text(
+        "def most(prompts, completions, completion_ids, answer, **columns):\n"
+        "    return [None if int(a) == 7 else 0.1 * len(c) for a, c in zip(answer, completions)]\n"
+    )
+    run = trained(tmp_path, rewards=[{"name": "mine.py:most"}], micro_batch_size=1, batch_size=24)
+    assert 0 < lines(run, "eval")[-1]["objectives"]["rl"]["count"] <= 6
+    assert "rewards/mine.py:most/mean" in lines(run, "train")[-1]["objectives"]["rl"]["metrics"]
+
+
+def test_a_step_whose_completions_were_all_cut_off_teaches_nothing_and_is_no_failure(tmp_path):
+    changes = {"mask_truncated_completions": True, "steps_per_generation": 4, "batch_size": 4}
+    values = on_policy_values(**changes, max_completion_length=40)
+    values["training"]["max_refusals"] = 0
+    run = runs.train(load_recipe(str(write_on_policy(tmp_path, values))))
+    counts = [line["objectives"]["rl"]["count"] for line in lines(run, "train")]
+    assert len(counts) == 8 and not lines(run, "event")
+
+
+def test_an_adapter_that_a_run_wrote_can_teach_the_next(tmp_path, tuned):
+    values = on_policy_values()
+    values["policy"] = {"model_name_or_path": tuned, "lora": {"r": 4}}
+    first = runs.train(load_recipe(str(write_on_policy(tmp_path / "one", values))))
+    values = on_policy_values(
+        kind="lco_kl", preference={"reward_model": str(first / "model"), "reference_model": tuned}
+    )
+    values["policy"] = {"model_name_or_path": tuned, "lora": {"r": 4}}
+    second = runs.train(load_recipe(str(write_on_policy(tmp_path / "two", values))))
+    assert len(lines(second, "train")) == 8
+    with pytest.raises(ModelError, match="trained on a preset"):
+        preset = on_policy_values()
+        preset["policy"]["lora"] = {"r": 4}
+        third = runs.train(load_recipe(str(write_on_policy(tmp_path / "three", preset))))
+        load_policy(str(third / "model"))
+
+
+def test_an_optimum_depends_on_the_models_and_code_behind_its_rewards(tmp_path, tuned):
+    from accelerate import Accelerator
+
+    from holdfast.assemble import assemble
+
+    code = tmp_path / "mine.py"
+    code.write_text("def one(prompts, **columns):\n    return [1.0] * len(prompts)\n")
+    rewards = [{"name": "mine.py:one"}]
+    preference = {"reward_model": tuned}
+    path = write_on_policy(tmp_path, kind="lco_kl", preference=preference, rewards=rewards)
+
+    def key() -> str:
+        return assemble(load_recipe(str(path)), Accelerator(cpu=True)).keys["rl"]
+
+    before = key()
+    assert key() == before
+    code.write_text(code.read_text().replace("1.0", "2.0"))
+    assert key() != before

@@ -243,7 +243,8 @@ class Trainer:
         verdict = self.guard(gradient)
         refused = verdict.refused
         for name, summary in summaries.items():
-            if not math.isfinite(summary.loss):
+            # Nothing counted: nothing to learn, and nothing wrong either.
+            if summary.count and not math.isfinite(summary.loss):
                 refused = f"the loss of {name} is {summary.loss}"
         for parameter, part in zip(self._parameters, gradient, strict=True):
             parameter.grad = part

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -137,31 +138,59 @@ class TransformersGenerator:
         device = next(policy.parameters()).device
         ids, mask = _left_padded(prompts, policy.pad_id)
         width = ids.shape[1]
-        ended = _Ended(len(prompts), width, tokenizer, sampling.stop_strings)
+        ends = _end_ids(policy)
+        ended = _Ended(len(prompts), width, tokenizer, ends, sampling.stop_strings)
         processors = LogitsProcessorList()
         if self.teacher is not None and self.alpha:
             processors.append(_Mixture(self.teacher, self.alpha, mask, sampling.temperature))
         processors.append(_Draw(seeds, width, sampling))
         model: Any = policy.model
-        output = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            # Greedy search takes the largest score; the processor leaves only what was drawn.
-            generation_config=GenerationConfig(
-                max_new_tokens=sampling.max_completion_length,
-                do_sample=False,
-                pad_token_id=policy.pad_id,
-                use_cache=True,
-            ),
-            logits_processor=processors,
-            stopping_criteria=StoppingCriteriaList([ended]),
-        )
+        with _own_habits_off(policy):
+            output = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                # Greedy search takes the largest score; the processor leaves only what was drawn.
+                generation_config=GenerationConfig(
+                    max_new_tokens=sampling.max_completion_length,
+                    do_sample=False,
+                    pad_token_id=policy.pad_id,
+                    use_cache=True,
+                ),
+                logits_processor=processors,
+                stopping_criteria=StoppingCriteriaList([ended]),
+            )
         tokens = output[:, width:].cpu().numpy().astype(np.int32)
         lengths, completed = ended.result(tokens.shape[1])
         return [
             Completion(row[:length].copy(), bool(done))
             for row, length, done in zip(tokens, lengths, completed, strict=True)
         ]
+
+
+def _end_ids(policy: LanguagePolicy) -> list[int]:
+    """Tokens that end a completion: the tokenizer's, and those that the model came with."""
+    named = getattr(policy.base.generation_config, "eos_token_id", None)
+    listed = named if isinstance(named, list) else [named]
+    found = [policy.tokenizer.eos_token_id, *listed]
+    return sorted({int(end) for end in found if end is not None})
+
+
+@contextlib.contextmanager
+def _own_habits_off(policy: LanguagePolicy) -> Iterator[None]:
+    """Without the penalties and truncations that many models come with.
+
+    transformers would take them for whatever is not asked for otherwise, and the completions would
+    not be the policy's own.
+    """
+    holders: list[Any] = [policy.base, policy.model]
+    kept = [getattr(holder, "generation_config", None) for holder in holders]
+    for holder in holders:
+        holder.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for holder, config in zip(holders, kept, strict=True):
+            holder.generation_config = config
 
 
 class _Draw(LogitsProcessor):
@@ -243,14 +272,21 @@ def _mix(values: np.ndarray) -> np.ndarray:
 class _Ended(StoppingCriteria):
     """Ends rows by end token or stop string, and remembers how long each was."""
 
-    def __init__(self, rows: int, width: int, tokenizer: Any, stop_strings: Sequence[str]) -> None:
+    def __init__(
+        self,
+        rows: int,
+        width: int,
+        tokenizer: Any,
+        ends: Sequence[int],
+        stop_strings: Sequence[str],
+    ) -> None:
         self.width = width
         self.lengths = np.zeros(rows, dtype=np.int64)
         self.criteria: list[StoppingCriteria] = []
         # Of this name, so that transformers pads the rows that have ended.
-        self.eos_token_id = tokenizer.eos_token_id
-        if tokenizer.eos_token_id is not None:
-            self.criteria.append(EosTokenCriteria(tokenizer.eos_token_id))
+        self.eos_token_id = list(ends)
+        if ends:
+            self.criteria.append(EosTokenCriteria(list(ends)))
         if stop_strings:
             self.criteria.append(StopStringCriteria(tokenizer, list(stop_strings)))
 

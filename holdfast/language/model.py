@@ -404,6 +404,8 @@ def _build_preset(
 def _load_model(
     name_or_path: str, revision: str | None, dtype: str, attn_implementation: str | None
 ) -> PreTrainedModel:
+    if (Path(name_or_path) / "adapter_config.json").is_file():
+        return _merged(name_or_path, revision, dtype, attn_implementation)
     looks_local = Path(name_or_path).is_absolute() or name_or_path.startswith(".")
     if looks_local and not Path(name_or_path).is_dir():
         what = "is a file" if Path(name_or_path).exists() else "does not exist"
@@ -440,6 +442,24 @@ def _load_model(
             f"{', '.join(unusable[:3])}{more}. They would be random."
         )
     return cast(PreTrainedModel, model)
+
+
+def _merged(
+    folder: str, revision: str | None, dtype: str, attn_implementation: str | None
+) -> PreTrainedModel:
+    """A base model with the adapter of a directory merged into it."""
+    try:
+        base = peft.PeftConfig.from_pretrained(folder).base_model_name_or_path
+    except (ValueError, TypeError, OSError) as error:
+        raise ModelError(f"cannot read the adapter in {folder}: {_first_line(error)}") from error
+    if not base:
+        raise ModelError(
+            f"{folder} holds an adapter that does not say which model it belongs to: it was "
+            "trained on a preset. Train it on a model directory, or train all weights."
+        )
+    model = _load_model(base, revision, dtype, attn_implementation)
+    adapted: Any = peft.PeftModel.from_pretrained(model, folder)
+    return cast(PreTrainedModel, adapted.merge_and_unload())
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: Tokenizer, name: str) -> None:

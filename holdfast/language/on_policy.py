@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -72,6 +73,10 @@ class Signals:
         MiniLLM's reward of later tokens, and ``old_logps`` are those of the mixture.
     whiten : bool
         Advantages get mean 0 and deviation 1 over the tokens of a batch of rollouts.
+    kept_head : KeptHead
+        Where the output layer of the policy that sampled is kept, with ``behaviour`` "hidden".
+    autocast : callable
+        Makes the context that training's forward passes run in.
     """
 
     policy: LanguagePolicy
@@ -84,8 +89,20 @@ class Signals:
     critic: tuple[float, float] | None = None
     minillm: tuple[Frozen, float, bool] | None = None
     whiten: bool = False
+    kept_head: KeptHead = field(default_factory=lambda: KeptHead())
+    autocast: Callable[[], Any] = contextlib.nullcontext
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        with self.autocast():
+            return self._score(rollouts)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.kept_head.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.kept_head.load_state_dict(state, self.policy.head())
+
+    def _score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         signals: list[dict[str, Tensor]] = [{} for _ in rollouts]
 
         def keep(name: str, values: Sequence[Tensor]) -> None:
@@ -99,10 +116,13 @@ class Signals:
                 keep("old_logps", self._logps(hidden, own.head(), rollouts))
             if self.behaviour == "hidden":
                 keep("old_hidden", hidden)
+                self.kept_head.keep(own.head())
             if self.critic:
                 assert self.policy.value_head is not None
                 with torch.no_grad():
-                    keep("values", [self.policy.value_head(h).squeeze(-1).float() for h in hidden])
+                    kind = self.policy.value_head.weight.dtype
+                    values = [self.policy.value_head(h.to(kind)).squeeze(-1) for h in hidden]
+                    keep("values", [value.float() for value in values])
         for name, model in self.frozen.items():
             keep(f"{name}_hidden", model.hidden([row.tokens for row in rollouts]))
         if self.reference is not None:
@@ -171,18 +191,21 @@ class Signals:
         assert self.critic is not None
         discount, trace = self.critic
         values = row.signals["values"].unsqueeze(0)
+        if self.preference is None and math.isnan(row.reward):
+            # Nobody judged it: there is nothing to learn from, for policy or critic.
+            return _with(row, advantages=torch.zeros_like(values[0]), returns=values[0])
         if self.preference is not None:
             rewards = row.signals["advantages"].unsqueeze(0)
         else:
             rewards = torch.zeros_like(values)
-            rewards[0, -1] = 0.0 if math.isnan(row.reward) else row.reward
+            rewards[0, -1] = row.reward
         advantages, returns = gae(rewards, values, discount=discount, trace=trace)
         return _with(row, advantages=advantages[0], returns=returns[0])
 
 
 def _whitened(rollouts: Sequence[Rollout]) -> list[Rollout]:
     everything = torch.cat([row.signals["advantages"] for row in rollouts])
-    mean, spread = everything.mean(), everything.std().clamp(min=1e-8)
+    mean, spread = everything.mean(), everything.std(correction=0).clamp(min=1e-8)
     return [_with(row, advantages=(row.signals["advantages"] - mean) / spread) for row in rollouts]
 
 
@@ -192,6 +215,37 @@ def _with(row: Rollout, **signals: Tensor) -> Rollout:
 
 def _sampled(row: Rollout) -> Tensor:
     return torch.from_numpy(row.tokens.input_ids[row.tokens.counted].astype("int64"))
+
+
+class KeptHead:
+    """The output layer of the policy that sampled, for as long as its rollouts are used.
+
+    Hidden states are logits only together with it. Where it is not trained nothing has to be kept.
+    """
+
+    def __init__(self) -> None:
+        self.head: Head | None = None
+
+    def keep(self, head: Head) -> None:
+        """Remember a layer as it is now, if it can change."""
+        trained = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+        self.head = None
+        if trained:
+            bias = None if head.bias is None else head.bias.detach().clone()
+            self.head = replace(head, weight=head.weight.detach().clone(), bias=bias)
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.head is None:
+            return {}
+        bias = {} if self.head.bias is None else {"bias": self.head.bias}
+        return {"weight": self.head.weight, **bias}
+
+    def load_state_dict(self, state: Mapping[str, Any], like: Head) -> None:
+        """``like``: the policy's own layer, for what is no tensor in it, and its device."""
+        self.head = None
+        if state:
+            tensors = {name: value.to(like.weight.device) for name, value in state.items()}
+            self.head = replace(like, **{"bias": None, **tensors})
 
 
 # A batch ------------------------------------------------------------------------------------------
@@ -239,7 +293,9 @@ class _Batch:
         by_row: dict[str, list[float]] = {
             "reward": [row.reward for row in rows],
             "reward_std": [row.group_std for row in rows],
-            "frac_reward_zero_std": [float(row.group_std == 0) for row in rows],
+            "frac_reward_zero_std": [
+                math.nan if math.isnan(row.group_std) else float(row.group_std == 0) for row in rows
+            ],
             "completions/mean_length": [row.counted for row in rows],
             "completions/clipped_ratio": [float(not row.completed) for row in rows],
             "samples": [row.samples for row in rows],
@@ -249,12 +305,6 @@ class _Batch:
         for name, numbers in by_row.items():
             values = torch.tensor(numbers, dtype=torch.float64)
             found[name] = self._pair(values[values.isfinite()])
-        if self.has("advantages"):
-            advantages = self.flat("advantages").double()
-            size = advantages.abs()
-            found["negative_advantage_share"] = torch.stack(
-                [size[advantages < 0].sum(), size.sum()]
-            )
         return found
 
     @staticmethod
@@ -328,7 +378,7 @@ class PolicyGradient:
                 cliprange_value=self.cliprange_value,
             )
             total = total + self.vf_coef * error.total
-            metrics["value_loss"] = error.total.detach()
+            metrics |= {"value_loss": error.total.detach(), **error.metrics}
         return LossTerms(total, terms.count, metrics)
 
 
@@ -376,6 +426,8 @@ class Lco:
         ``logprob``: differences of log-probabilities, as equations 12 and 13 have them.
     temperature : float
         Of sampling.
+    behaviour_head : KeptHead
+        With it, hidden states of the policy that sampled are its logits.
     """
 
     pad_id: int
@@ -385,6 +437,7 @@ class Lco:
     sources: Mapping[str, tuple[Frozen, float]] = field(default_factory=dict)
     centre: Centre = "none"
     temperature: float = 1.0
+    behaviour_head: KeptHead = field(default_factory=KeptHead)
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.beta) and self.beta > 0):
@@ -421,7 +474,8 @@ class Lco:
         self, batch: _Batch, behaviour: Tensor, head: Head, ids: Tensor
     ) -> tuple[list[Source], Bonus]:
         with torch.no_grad():
-            sources: list[Source] = [(behaviour, head, 1.0)]
+            sampled_by = self.behaviour_head.head if batch.has("old_hidden") else None
+            sources: list[Source] = [(behaviour, sampled_by or head, 1.0)]
             offset = torch.zeros(len(ids), device=ids.device)
             for name, (model, coefficient) in self.sources.items():
                 states, layer = batch.flat(f"{name}_hidden"), model.head()
@@ -473,6 +527,8 @@ class Distillation:
         Of the divergence.
     later : callable, optional
         MiniLLM: a policy-gradient loss on the reward of later tokens, added to the divergence.
+    sampling : float
+        Temperature of sampling, at which that loss takes log-probabilities.
     """
 
     pad_id: int
@@ -480,6 +536,7 @@ class Distillation:
     beta: float
     temperature: float = 1.0
     later: PolicyLoss | None = None
+    sampling: float = 1.0
 
     def __call__(self, policy: nn.Module, rows: Sequence[Rollout]) -> LossTerms:
         batch = _Batch(policy, rows, self.pad_id)
@@ -495,7 +552,9 @@ class Distillation:
                 beta=self.beta,
                 temperature=self.temperature,
             )
-            seen = token_statistics(hidden, head, labels, statistics=True)
+            seen = token_statistics(
+                hidden, head, labels, temperature=self.sampling, statistics=True
+            )
             return terms, seen
 
         terms, seen = policy(batch.input_ids, batch.labels, read=read)
@@ -521,8 +580,7 @@ class DivergenceEvaluation:
     decode: Callable[[Sequence[int]], str]
 
     def __call__(self, policy: nn.Module, rows: Sequence[Prompt]) -> LossTerms:
-        seeds = [seed_of(f"evaluation/{row.origin}") for row in rows]
-        found = sample(rows, seeds, self.generator, self.sampling, None, self.decode)
+        found = sample(rows, _seeds(rows), self.generator, self.sampling, None, self.decode)
         return self.loss(policy, self.signals.score(found))
 
 
@@ -539,8 +597,7 @@ class RewardEvaluation:
     decode: Callable[[Sequence[int]], str]
 
     def __call__(self, policy: nn.Module, rows: Sequence[Prompt]) -> LossTerms:
-        seeds = [seed_of(f"evaluation/{row.origin}") for row in rows]
-        found = sample(rows, seeds, self.generator, self.sampling, self.rewards, self.decode)
+        found = sample(rows, _seeds(rows), self.generator, self.sampling, self.rewards, self.decode)
         rewards = torch.tensor([row.reward for row in found], dtype=torch.float64)
         rewards = rewards[rewards.isfinite()]
         by_row = {
@@ -555,3 +612,8 @@ class RewardEvaluation:
             values = values[values.isfinite()]
             metrics[name] = torch.stack([values.sum(), values.new_tensor(float(len(values)))])
         return LossTerms(-rewards.sum(), torch.tensor(len(rewards)), metrics)
+
+
+def _seeds(rows: Sequence[Prompt]) -> list[int]:
+    """The same for the same prompt, wherever its file lies."""
+    return [seed_of(f"evaluation/{row.group}") for row in rows]

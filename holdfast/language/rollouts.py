@@ -38,7 +38,8 @@ class Rollout:
     rewards : dict of str to float
         By function.
     group_std : float
-        Standard deviation of the reward among the completions of the same prompt.
+        Standard deviation of the reward among the completions of the same prompt; nan where fewer
+        than two have one.
     samples : int
         Completions that the source had drawn in all once this one was there.
     signals : dict of str to Tensor
@@ -50,7 +51,7 @@ class Rollout:
     completed: bool
     reward: float = math.nan
     rewards: dict[str, float] = field(default_factory=dict)
-    group_std: float = 0.0
+    group_std: float = math.nan
     samples: int = 0
     signals: dict[str, Tensor] = field(default_factory=dict)
 
@@ -82,6 +83,12 @@ class Annotate(Protocol):
     def credit(self, rollouts: Sequence[Rollout], num_generations: int) -> list[Rollout]:
         """Advantages: of the whole batch of rollouts, groups in order."""
         ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is remembered for the rollouts in use, besides their signals."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -224,6 +231,13 @@ class Rollouts:
             if len(kept) >= wanted:
                 break
         rollouts = (kept + spare)[:wanted]
+        if self.rewards is not None and all(math.isnan(row.reward) for row in rollouts):
+            raise TrainingError(
+                f"every reward of a batch of {len(rollouts)} completions is None (functions: "
+                f"{', '.join(self.rewards.functions)}): there is nothing to learn from. A function "
+                "returns None for a completion it does not judge; see that the data has the column "
+                f"it reads. The first prompt: {rollouts[0].origin}."
+            )
         rollouts = [replace(row, samples=self.samples) for row in rollouts]
         credited = self.annotate.credit(rollouts, self.options.num_generations)
         if self.options.mask_truncated_completions:
@@ -264,6 +278,7 @@ class Rollouts:
             "round": self.round,
             "used": self.used,
             "rollouts": [_pack(row) for row in self._rollouts],
+            "annotate": self.annotate.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -271,6 +286,7 @@ class Rollouts:
         self.samples, self.round = int(state["samples"]), int(state["round"])
         self.used = int(state["used"])
         self._rollouts = [_unpack(row) for row in state["rollouts"]]
+        self.annotate.load_state_dict(state["annotate"])
 
 
 class PartlyOnPolicy:
@@ -391,7 +407,10 @@ def _with_spread(rollouts: Sequence[Rollout], size: int) -> list[Rollout]:
     for group in _groups(rollouts, size):
         rewards = np.array([row.reward for row in group])
         rewards = rewards[np.isfinite(rewards)]
-        spread = float(rewards.std(ddof=1)) if len(rewards) > 1 else 0.0
+        spread = math.nan  # Of fewer than two there is none.
+        if len(rewards) > 1:
+            # Rounding must not make equal rewards differ.
+            spread = float(rewards.std(ddof=1)) if np.ptp(rewards) > 0 else 0.0
         found += [replace(row, group_std=spread) for row in group]
     return found
 
@@ -403,9 +422,12 @@ def _masked(row: Rollout) -> Rollout:
 
 def _pack(row: Rollout) -> dict[str, Any]:
     plain = {name: getattr(row, name) for name in _PLAIN}
-    # JSON has no nan.
-    plain["reward"] = None if math.isnan(row.reward) else row.reward
-    plain["rewards"] = {k: None if math.isnan(v) else v for k, v in row.rewards.items()}
+
+    def number(value: float) -> float | None:
+        return None if math.isnan(value) else value  # JSON has no nan
+
+    plain["reward"], plain["group_std"] = number(row.reward), number(row.group_std)
+    plain["rewards"] = {name: number(value) for name, value in row.rewards.items()}
     # Copies, since safetensors takes no two tensors that share memory.
     tensors = {f"signal/{name}": value.clone() for name, value in row.signals.items()}
     return {
@@ -426,7 +448,7 @@ def _unpack(state: Mapping[str, Any]) -> Rollout:
         completed=bool(state["completed"]),
         reward=number(state["reward"]),
         rewards={name: number(value) for name, value in state["rewards"].items()},
-        group_std=float(state["group_std"]),
+        group_std=number(state["group_std"]),
         samples=int(state["samples"]),
         signals={
             name.removeprefix("signal/"): value

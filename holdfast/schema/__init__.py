@@ -6,6 +6,7 @@ A recipe is validated whole, and without importing torch, before anything is loa
 from holdfast.schema.objectives import DataSpec, DpoSpec, NllSpec, ObjectiveSpec
 from holdfast.schema.on_policy import (
     CispoSpec,
+    ClippedSpec,
     DapoSpec,
     DrGrpoSpec,
     DroSpec,
@@ -41,6 +42,7 @@ __all__ = [
     "AnyObjective",
     "AnySchedule",
     "CispoSpec",
+    "ClippedSpec",
     "DapoSpec",
     "DataSpec",
     "DpoSpec",

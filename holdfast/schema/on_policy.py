@@ -94,6 +94,19 @@ class ReinforceSpec(PenalisedSpec):
     baseline: Literal["none", "batch", "leave_one_out"] = "leave_one_out"
     aggregation: Literal["token-mean", "sequence-mean", "sequence-sum"] = "token-mean"
 
+    @model_validator(mode="after")
+    def _compared(self) -> ReinforceSpec:
+        if self.preference is not None:
+            return self
+        if self.baseline == "leave_one_out" and self.num_generations < 2:
+            raise ValueError(
+                "num_generations is 1, but baseline leave_one_out compares the completions of a "
+                "prompt: ask for 2 or more, or use baseline batch or none"
+            )
+        if self.baseline == "batch" and self.batch_size * self.steps_per_generation < 2:
+            raise ValueError("batch_size is 1, but baseline batch compares completions of a batch")
+        return self
+
 
 class PpoSpec(PenalisedSpec):
     """PPO: clipped ratios, a value head, generalised advantage estimation."""
@@ -113,26 +126,40 @@ class GroupedSpec(PenalisedSpec):
 
     num_generations: int = Field(8, ge=2, description="completions of each prompt")
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    epsilon: float = Field(0.2, gt=0)
-    epsilon_high: float | None = Field(None, gt=0, description="null: epsilon")
     dynamic_sampling: bool = Field(False, description="replace groups of equal rewards (DAPO)")
 
 
-class GrpoSpec(GroupedSpec):
+class ClippedSpec(GroupedSpec):
+    """Ratios are clipped."""
+
+    epsilon: float = Field(0.2, gt=0)
+    epsilon_high: float | None = Field(None, gt=0, description="null: epsilon")
+
+
+class GrpoSpec(ClippedSpec):
     """GRPO: every sequence weighs the same."""
 
     kind: Literal["grpo"] = "grpo"
     delta: float | None = Field(None, gt=1, description="upper bound on the ratio")
 
+    @model_validator(mode="after")
+    def _above(self) -> GrpoSpec:
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if self.delta is not None and self.delta <= 1 + high:
+            raise ValueError(
+                f"delta is {self.delta}: it must be above 1 + epsilon_high, {1 + high}"
+            )
+        return self
 
-class DrGrpoSpec(GroupedSpec):
+
+class DrGrpoSpec(ClippedSpec):
     """Dr. GRPO: no division by the group's deviation, nor by a sequence's own length."""
 
     kind: Literal["dr_grpo"] = "dr_grpo"
     scale_rewards: Literal["group", "batch", "none"] = "none"
 
 
-class DapoSpec(GroupedSpec):
+class DapoSpec(ClippedSpec):
     """DAPO: every token weighs the same, clip-higher, dynamic sampling."""
 
     kind: Literal["dapo"] = "dapo"
@@ -141,7 +168,7 @@ class DapoSpec(GroupedSpec):
     mask_truncated_completions: bool = True
 
 
-class GspoSpec(GroupedSpec):
+class GspoSpec(ClippedSpec):
     """GSPO: one ratio a sequence."""
 
     kind: Literal["gspo"] = "gspo"
@@ -153,7 +180,8 @@ class CispoSpec(GroupedSpec):
     """CISPO: ratios capped from above as weights of the log-probability."""
 
     kind: Literal["cispo"] = "cispo"
-    epsilon_high: float | None = Field(5.0, gt=0, description="null: 5")
+    epsilon_low: float | None = Field(None, gt=0, description="absolute lower bound; null: none")
+    epsilon_high: float = Field(5.0, gt=0, description="absolute upper bound on the ratio")
 
 
 class PmdSpec(GroupedSpec):
@@ -183,6 +211,12 @@ class LcoSpec(RewardedSpec):
     centre: Literal["none", "mean", "logprob"] = Field(
         "none", description="constant of the advantages; lco_kl does not depend on it"
     )
+
+    @model_validator(mode="after")
+    def _centred(self) -> LcoSpec:
+        if self.centre == "logprob" and self.sparse:
+            raise ValueError("centre logprob is for dense advantages: none or mean")
+        return self
 
     @property
     def sparse(self) -> bool:

@@ -156,3 +156,23 @@ def test_generation_leaves_the_mode_of_the_policy_as_it_was(policy):
     policy.train()
     TransformersGenerator(policy)([prompt(policy, "x")], [0], Sampling(max_completion_length=1))
     assert policy.training
+
+
+def test_what_a_model_came_with_changes_no_samples_but_its_end_tokens_count(policy):
+    """Penalties of its generation_config would draw from another distribution than the policy's."""
+    ids, sampling = [prompt(policy, "ab")] * 40, Sampling(max_completion_length=12)
+    generate = TransformersGenerator(policy)
+    plain = generate(ids, range(40), sampling)
+    own = policy.base.generation_config
+    common = int(np.bincount(np.concatenate([c.ids for c in plain])).argmax())
+    try:
+        own.repetition_penalty, own.eos_token_id = 5.0, [policy.tokenizer.eos_token_id, common]
+        found = generate(ids, range(40), sampling)
+    finally:
+        own.repetition_penalty, own.eos_token_id = None, policy.tokenizer.eos_token_id
+    assert policy.base.generation_config is own
+    for before, after in zip(plain, found, strict=True):
+        np.testing.assert_array_equal(after.ids, before.ids[: len(after.ids)])
+        assert common not in after.ids[:-1]
+        assert after.completed == (after.ids[-1] in (common, policy.tokenizer.eos_token_id))
+    assert any(len(after.ids) < len(before.ids) for before, after in zip(plain, found, strict=True))

@@ -177,14 +177,13 @@ def matched(kind, policy, rows, targets, temperature=1.0):
 def test_lco_with_sparse_advantages_matches_the_optimal_logits(kind, reused):
     policy, rows = build(1), rollouts()
     before = build(2) if reused else policy
-    if reused:
-        rows = Signals(before, behaviour="hidden").score(rows)
-    terms = Lco(policy.pad_id, kind, beta=0.5, temperature=0.8)(policy, rows)
-    # What is kept of the policy that sampled is hidden states: its output layer has not moved.
+    signals = Signals(before, behaviour="hidden" if reused else "none")
+    rows = signals.score(rows)
+    loss = Lco(policy.pad_id, kind, beta=0.5, temperature=0.8, behaviour_head=signals.kept_head)
+    terms = loss(policy, rows)
     targets = []
     for row in rows:
-        states = hidden_states(before, [row.tokens])[0].detach()
-        behaviour = states @ policy.head().weight.T.detach() / 0.8
+        behaviour = dense(before, row).detach() / 0.8
         advantages = torch.zeros_like(behaviour)
         advantages.scatter_(1, sampled(row).unsqueeze(1), row.signals["advantages"].unsqueeze(1))
         targets.append(optimal_logits(behaviour, advantages, beta=0.5))
@@ -232,7 +231,7 @@ def test_minillm_samples_weigh_as_the_mixture_that_drew_them():
     for row in signals.score(rollouts()):
         p, q = dense_logps(teacher.policy, row).exp(), dense_logps(policy, row).exp()
         assert_close(row.signals["old_logps"].exp(), alpha * p + (1 - alpha) * q)
-        rewards = (p / q).log()
+        rewards = (p / q).log().detach()
         expected = [
             float(rewards[t + 1 :].mean()) if t + 1 < len(rewards) else 0.0
             for t in range(len(rewards))
@@ -283,7 +282,7 @@ def test_metrics_average_over_what_they_are_about():
     assert metrics["entropy"] == pytest.approx(entropy.mean().item(), rel=1e-4)
     advantages = torch.cat([row.signals["advantages"] for row in rows])
     share = -advantages[advantages < 0].sum() / advantages.abs().sum()
-    assert metrics["negative_advantage_share"] == pytest.approx(share.item())
+    assert metrics["negative_share"] == pytest.approx(share.item())
 
 
 # Frozen models ------------------------------------------------------------------------------------
@@ -345,3 +344,51 @@ def test_normalisers_are_log_sum_exps(seed):
     states = hidden_states(policy, [row.tokens])[0].detach()
     found = log_normaliser(states, policy.head(), sampled(row))
     assert_close(found, dense(policy, row).logsumexp(-1), rtol=1e-5, atol=1e-4)
+
+
+def test_the_policy_that_sampled_stays_what_it_was_while_its_output_layer_is_trained():
+    """And comes back from a checkpoint; where the layer is frozen nothing is kept of it."""
+    policy, rows = build(1), rollouts()
+    signals = Signals(policy, behaviour="hidden")
+    rows = signals.score(rows)
+    loss = Lco(policy.pad_id, "lco_kl", 0.5, behaviour_head=signals.kept_head)
+    again = Signals(build(3), behaviour="hidden")
+    again.load_state_dict({k: v.clone() for k, v in signals.state_dict().items()})
+    with torch.no_grad():
+        policy.head().weight.mul_(1.3)  # a constant would change no softmax
+    moved = loss(policy, rows).total
+    resumed = replace(loss, behaviour_head=again.kept_head)(policy, rows).total
+    assert torch.equal(moved, resumed)
+    following = replace(loss, behaviour_head=type(signals.kept_head)())(policy, rows).total
+    assert abs(moved - following) > 1e-3
+    frozen = Signals(build(1, lora=True), behaviour="hidden")
+    frozen.score(rows)
+    assert frozen.state_dict() == {}
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_minillm_ratios_are_one_before_the_first_update(temperature):
+    policy, teacher = build(1), Frozen(build(2))
+    signals = Signals(
+        policy,
+        temperature=temperature,
+        behaviour="logps",
+        frozen={"teacher": teacher},
+        minillm=(teacher, 0.0, True),
+    )
+    rows = signals.score(rollouts())
+    loss = Distillation(
+        policy.pad_id, teacher, 1.0, temperature, partial(ppo_clip), sampling=temperature
+    )
+    ratio = loss(policy, rows).metrics["ratio"]
+    assert (ratio[0] / ratio[1]).item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_completion_that_nobody_judged_teaches_a_critic_nothing():
+    policy = build(1)
+    policy.add_value_head()
+    signals = Signals(policy, behaviour="logps", critic=(1.0, 0.95))
+    rows = [replace(row, reward=float("nan")) for row in rollouts()]
+    for row in signals.credit(signals.score(rows), 1):
+        assert not row.signals["advantages"].any()
+        assert torch.equal(row.signals["returns"], row.signals["values"])

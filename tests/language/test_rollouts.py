@@ -38,6 +38,12 @@ class Marked:
     def score(self, rollouts):
         return [_with(row, mark=torch.arange(row.counted, dtype=torch.float32)) for row in rollouts]
 
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        assert state == {}
+
     def credit(self, rollouts, num_generations):
         self.seen = list(rollouts)
         return [_with(row, advantages=torch.full((row.counted,), row.reward)) for row in rollouts]
@@ -191,3 +197,17 @@ def test_rows_are_saved_as_plain_values():
     saved = json.loads(json.dumps(row.to_json()))
     assert saved["reward"] == row.reward and isinstance(row.tokens, Encoded)
     assert saved["tokens"]["input_ids"] == row.tokens.input_ids.tolist()
+
+
+def test_all_rewards_none_is_an_error_that_names_the_functions():
+    with pytest.raises(TrainingError, match=r"every reward of a batch of 8 .*functions: reward"):
+        build(lambda prompts, **_: [None] * len(prompts)).next()
+    some = build(lambda prompts, **_: [None] * (len(prompts) - 1) + [1.0]).next()
+    assert sum(np.isfinite(row.reward) for row in some) == 1
+
+
+def test_equal_rewards_have_no_spread_whatever_rounding_says():
+    batch = build(lambda prompts, **_: [0.1] * len(prompts), num_generations=8).next()
+    assert all(row.group_std == 0.0 for row in batch)
+    alone = build(num_generations=1).next()
+    assert all(np.isnan(row.group_std) for row in alone)

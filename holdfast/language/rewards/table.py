@@ -90,7 +90,7 @@ class Rewards:
         ------
         TrainingError
             If a function raises, returns anything but one finite number or ``None`` per completion,
-            no function judges any completion, or a weighted sum is not finite.
+            or a weighted sum is not finite.
         DataError
             If a column has the name of another argument.
         ValueError
@@ -115,13 +115,6 @@ class Rewards:
         judged = {name: _judge(name, function, batch) for name, function in self.functions.items()}
         table = np.stack(list(judged.values()))
         unjudged = np.isnan(table)
-        if unjudged.all():
-            raise TrainingError(
-                f"every reward of a batch of {len(completions)} completions is None "
-                f"(functions: {', '.join(self.functions)}): there is nothing to learn from. A "
-                "function returns None for a completion it does not judge; see that the data has "
-                f"the column it reads. Columns: {', '.join(columns) or 'none'}." + _shown(batch, 0)
-            )
         weights = np.array(list(self.weights.values()))[:, None]
         with np.errstate(over="ignore", invalid="ignore"):  # refused below, by name
             total = (weights * np.where(unjudged, 0.0, table)).sum(axis=0)
