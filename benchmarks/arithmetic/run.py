@@ -36,7 +36,7 @@ SETTINGS = {
     "rollouts": study.ROLLOUTS,
     "group": study.GROUP,
     "learning_rates": study.LEARNING_RATES,
-    "task": 3,
+    "task": 4,
 }
 ABOUT = {
     "command": "python -m benchmarks.arithmetic.run",
