@@ -235,6 +235,7 @@ def _optimiser(run: Run, prefix: str) -> str:
     for title, series, smooth in (
         ("Learning rate", run.learning_rate, False),
         ("Gradient norm", run.grad_norm, True),
+        ("Clipped gradient norm", run.clipped_grad_norm, True),
         ("Seconds a step", pace, True),
     ):
         if not len(series):

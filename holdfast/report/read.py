@@ -49,6 +49,7 @@ def read_run(path: Path) -> Run:
         held_out_metrics={k: _by_name(v) for k, v in metrics.held_out_metrics.items()},
         learning_rate=metrics.learning_rate.series(),
         grad_norm=metrics.grad_norm.series(),
+        clipped_grad_norm=metrics.clipped_grad_norm.series(),
         seconds=metrics.seconds.series(),
         events=tuple(metrics.events),
         unreadable=unreadable,
@@ -137,6 +138,7 @@ class _Metrics:
     def __init__(self) -> None:
         self.turns, self.seconds = _Column(), _Column()
         self.learning_rate, self.grad_norm = _Column(), _Column()
+        self.clipped_grad_norm = _Column()
         self.training, self.weights, self.gaps = _columns(), _columns(), _columns()
         self.held_out = _columns()
         self.training_metrics: defaultdict[str, _Columns] = defaultdict(_columns)
@@ -179,6 +181,8 @@ class _Metrics:
         self.seconds.add(step, record.get("seconds"))
         self.learning_rate.add(step, record.get("learning_rate"))
         self.grad_norm.add(step, record.get("grad_norm"))
+        if "clipped_grad_norm" in record:
+            self.clipped_grad_norm.add(step, record["clipped_grad_norm"])
         for name, terms in objectives.items():
             self.weights[name].add(step, _mapping(terms).get("weight", 1.0))
         for name, gap in _mapping(record.get("gaps")).items():
@@ -190,6 +194,7 @@ class _Metrics:
         if kind == "train":
             groups = [self.training, self.weights, self.gaps, *self.training_metrics.values()]
             single = [self.turns, self.seconds, self.learning_rate, self.grad_norm]
+            single.append(self.clipped_grad_norm)
         for column in [*single, *(column for group in groups for column in group.values())]:
             column.cut(step)
 

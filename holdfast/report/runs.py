@@ -78,7 +78,7 @@ class Run:
         weighted optimality gap behind each turn.
     training_metrics, held_out_metrics : mapping of str to mapping of str to Series
         By metric, then by objective.
-    learning_rate, grad_norm, seconds : Series
+    learning_rate, grad_norm, clipped_grad_norm, seconds : Series
         By optimiser step; ``seconds`` is the cumulative training time.
     events : tuple of Event
         In the order in which they were written.
@@ -99,6 +99,7 @@ class Run:
     held_out_metrics: Mapping[str, Mapping[str, Series]] = field(default_factory=dict)
     learning_rate: Series = EMPTY
     grad_norm: Series = EMPTY
+    clipped_grad_norm: Series = EMPTY
     seconds: Series = EMPTY
     events: tuple[Event, ...] = ()
     unreadable: int = 0

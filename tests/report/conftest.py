@@ -85,6 +85,7 @@ def make_run(write_run: WriteRun) -> MakeRun:
                     "gaps": {o: 0.5 * (loss(o) - best[o]) for o in objectives} if gaps else {},
                     "learning_rate": 1e-3 * (1 - step / steps),
                     "grad_norm": 1.0 + 0.2 * math.cos(step),
+                    "clipped_grad_norm": min(1.0, 1.0 + 0.2 * math.cos(step)),
                     "seconds": 0.1 * step,
                 }
             )

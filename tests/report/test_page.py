@@ -91,6 +91,7 @@ def test_report_of_one_run_shows_everything(make_run: MakeRun, tmp_path: Path) -
         "rewards/accuracies",
         "Learning rate",
         "Gradient norm",
+        "Clipped gradient norm",
         "Seconds a step",
     ]
     assert page.count("svg") == len(page.titles())

@@ -22,6 +22,7 @@ def train(step: int, objective: str = "sft", loss: Any = 1.0, **fields: Any) -> 
         "gaps": {},
         "learning_rate": 0.001,
         "grad_norm": 1.3,
+        "clipped_grad_norm": 1.0,
         "seconds": float(step),
     } | fields
 
@@ -53,6 +54,7 @@ def test_every_field_of_the_format_is_read(write_run: Callable[..., Path]) -> No
     assert run.training_metrics["rewards/margins"]["dpo"].values.tolist() == [0.1]
     assert run.learning_rate.values.tolist() == [0.001, 0.001]
     assert run.grad_norm.values.tolist() == [1.3, 1.3]
+    assert run.clipped_grad_norm.values.tolist() == [1.0, 1.0]
     assert run.seconds.values.tolist() == [1.0, 2.0]
     assert [(e.step, e.kind, e.detail) for e in run.events] == [(2, "stage", "dpo")]
     assert run.optimum("sft") == 1.5
