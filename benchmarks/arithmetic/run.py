@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import shutil
 import time
@@ -25,6 +24,7 @@ from benchmarks.arithmetic import study
 from benchmarks.arithmetic.analysis import analyse, chosen_strengths, finalists
 from benchmarks.arithmetic.prepare import HERE, RUNS, teacher
 from benchmarks.arithmetic.study import Cell
+from benchmarks.pool import run_jobs
 from benchmarks.results import Results
 from holdfast.assemble import assemble, build_trainer
 from holdfast.errors import TrainingError
@@ -45,7 +45,7 @@ ABOUT = {
 }
 
 
-def run_cell(cell: Cell) -> tuple[str, dict[str, Any]]:
+def run_cell(cell: Cell) -> dict[str, Any]:
     """Train one cell in this process."""
     recipe = parse_recipe(cell.recipe(), file=RUNS / "cell.yaml")
     folder = RUNS / "cells" / cell.key
@@ -83,7 +83,7 @@ def run_cell(cell: Cell) -> tuple[str, dict[str, Any]]:
         values = [metrics.get(name, np.nan) for metrics in seen]
         return [round(float(np.mean(part)), 4) for part in np.array_split(values, 10) if len(part)]
 
-    return cell.key, {
+    return {
         "validation": curve("rl"),
         "held_out": curve("reported"),
         "samples": [metrics.get("samples", 0) for metrics in seen[:: max(1, len(seen) // 10)]],
@@ -102,30 +102,12 @@ def run_cell(cell: Cell) -> tuple[str, dict[str, Any]]:
 
 def run_cells(results: Results, cells: Iterable[Cell], workers: int, deadline: float) -> bool:
     """Run what is missing. ``False``: time ran out."""
-    known = results.content["cells"]
-    waiting = list({cell.key: cell for cell in cells if cell.key not in known}.values())
-    count, done, started = len(waiting), 0, time.monotonic()
-    context = multiprocessing.get_context("fork")
-    with context.Pool(workers, maxtasksperchild=8) as pool:
-        running: list[Any] = []
-        while waiting or running:
-            while waiting and len(running) < workers and time.monotonic() < deadline:
-                running.append(pool.apply_async(run_cell, (waiting.pop(0),)))
-            if not running:
-                return False
-            ready = [task for task in running if task.ready()]
-            for task in ready:
-                running.remove(task)
-                key, values = task.get()
-                results.cell(key, lambda values=values: values)
-                done += 1
-                print(
-                    f"{done}/{count} {time.monotonic() - started:6.0f}s {key}: "
-                    f"{values['validation'][-1]:.2f} of {max(values['validation']):.2f}",
-                    flush=True,
-                )
-            time.sleep(0.02)
-    return True
+    jobs = {cell.key: cell for cell in cells}
+    return run_jobs(results, jobs, run_cell, _told, workers=workers, deadline=deadline)
+
+
+def _told(values: dict[str, Any]) -> str:
+    return f"{values['validation'][-1]:.2f} of {max(values['validation']):.2f}"
 
 
 def run_inner(results: Results, inner: int, workers: int, deadline: float) -> bool:

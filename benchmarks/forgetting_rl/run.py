@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -29,6 +28,7 @@ from accelerate import Accelerator
 from matplotlib import pyplot as plt
 
 from benchmarks.arithmetic.prepare import COPIES, SLIPS, calculator, slip, sums
+from benchmarks.pool import run_jobs
 from benchmarks.results import Results, bootstrap_interval
 from holdfast.assemble import assemble, build_trainer
 from holdfast.joint.record import Recorder
@@ -199,7 +199,7 @@ def _write(path: Path, rows: Iterable[tuple[str, str, str]]) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def run_cell(job: tuple[Cell, dict[str, float]]) -> tuple[str, dict[str, Any]]:
+def run_cell(job: tuple[Cell, dict[str, float]]) -> dict[str, Any]:
     """Train one cell in this process."""
     cell, optima = job
     recipe = parse_recipe(cell.recipe(optima), file=RUNS / "cell.yaml")
@@ -223,7 +223,7 @@ def run_cell(job: tuple[Cell, dict[str, float]]) -> tuple[str, dict[str, Any]]:
         for name in evaluations[0]
     }
     updates = sum("sft" in line["objectives"] for line in lines if line["kind"] == "train")
-    return cell.key, {**curves, "sft_updates": updates, "seconds": round(seconds, 2)}
+    return {**curves, "sft_updates": updates, "seconds": round(seconds, 2)}
 
 
 def run_cells(
@@ -233,29 +233,12 @@ def run_cells(
     deadline: float,
 ) -> bool:
     """Run what is missing. ``False``: time ran out."""
-    known = results.content["cells"]
-    waiting = [(cell, optima) for cell, optima in jobs if cell.key not in known]
-    count, started = len(waiting), time.monotonic()
-    context = multiprocessing.get_context("fork")
-    with context.Pool(workers, maxtasksperchild=8) as pool:
-        running: list[Any] = []
-        while waiting or running:
-            while waiting and len(running) < workers and time.monotonic() < deadline:
-                running.append(pool.apply_async(run_cell, (waiting.pop(0),)))
-            if not running:
-                return False
-            for task in [task for task in running if task.ready()]:
-                running.remove(task)
-                key, values = task.get()
-                results.cell(key, lambda values=values: values)
-                left = count - len(waiting) - len(running)
-                print(
-                    f"{left}/{count} {time.monotonic() - started:5.0f}s {key}: first "
-                    f"{-values['first_validation'][-1]:.2f} second {-values['rl'][-1]:.2f}",
-                    flush=True,
-                )
-            time.sleep(0.02)
-    return True
+    by_key = {cell.key: (cell, optima) for cell, optima in jobs}
+    return run_jobs(results, by_key, run_cell, _told, workers=workers, deadline=deadline)
+
+
+def _told(values: dict[str, Any]) -> str:
+    return f"first {-values['first_validation'][-1]:.2f} second {-values['rl'][-1]:.2f}"
 
 
 def optima_of(cells: dict[str, Any]) -> dict[str, float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import shutil
 import time
@@ -24,6 +23,7 @@ from benchmarks.joint_sft_dpo import study
 from benchmarks.joint_sft_dpo.analysis import Tuned, analyse, optima, tuned
 from benchmarks.joint_sft_dpo.prepare import HERE, RUNS, pretrained
 from benchmarks.joint_sft_dpo.study import Cell
+from benchmarks.pool import run_jobs
 from benchmarks.results import Results
 from holdfast.assemble import assemble, build_trainer
 from holdfast.joint import Objective
@@ -44,7 +44,7 @@ ABOUT = {
 }
 
 
-def run_cell(job: tuple[Cell, dict[str, float]]) -> tuple[str, dict[str, Any]]:
+def run_cell(job: tuple[Cell, dict[str, float]]) -> dict[str, Any]:
     """Train one cell in this process."""
     cell, optima = job
     recipe = parse_recipe(cell.recipe(optima), file=RUNS / "cell.yaml")
@@ -75,7 +75,7 @@ def run_cell(job: tuple[Cell, dict[str, float]]) -> tuple[str, dict[str, Any]]:
             n: trainer.evaluate(trainer.objectives[n], rows).loss for n, rows in rows_of.items()
         }
 
-    return cell.key, {
+    return {
         "validation": losses(validation),
         "training": losses(seen),
         "held_out": [_point(line) for line in evaluations],
@@ -108,34 +108,21 @@ def run_cells(
     deadline: float,
 ) -> bool:
     """Run what is missing. ``False``: time ran out."""
-    known = results.content["cells"]
-    missing = {cell.key: (cell, best) for cell, best in jobs if cell.key not in known}
-    waiting = list(missing.values())
-    context = multiprocessing.get_context("fork")
-    done = 0
-    started = time.monotonic()
-    # A fresh process for every cell, so that its peak memory is its own.
-    with context.Pool(workers, maxtasksperchild=1) as pool:
-        running: list[Any] = []
-        while waiting or running:
-            while waiting and len(running) < workers and time.monotonic() < deadline:
-                running.append(pool.apply_async(run_cell, (waiting.pop(0),)))
-            if not running:
-                return False
-            ready = [task for task in running if task.ready()]
-            for task in ready:
-                running.remove(task)
-                key, values = task.get()
-                results.cell(key, lambda values=values: values)
-                done += 1
-                last = values["held_out"][-1]
-                print(
-                    f"{done}/{len(missing)} {time.monotonic() - started:6.0f}s {key}: "
-                    f"sft {last['sft']:.4f} dpo {last['dpo']:.4f}",
-                    flush=True,
-                )
-            time.sleep(0.05)
-    return True
+    by_key = {cell.key: (cell, best) for cell, best in jobs}
+    return run_jobs(
+        results,
+        by_key,
+        run_cell,
+        _told,
+        workers=workers,
+        deadline=deadline,
+        cells_per_process=1,  # peak memory is reported
+    )
+
+
+def _told(values: dict[str, Any]) -> str:
+    last = values["held_out"][-1]
+    return f"sft {last['sft']:.4f} dpo {last['dpo']:.4f}"
 
 
 def run_mode(results: Results, mode: str, workers: int, deadline: float) -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -65,18 +65,23 @@ class Bonus:
     amounts: Tensor | None = None
 
 
+class Options(TypedDict, total=False):
+    """What all chunked losses take besides their tensors: see :func:`chunked_lco_kl`."""
+
+    bonus: Bonus | None
+    temperature: float
+    token_weights: Tensor | None
+    logit_gap: bool
+    tile_tokens: int | None
+    tile_vocab: int | None
+
+
 def chunked_lco_kl(
     hidden: Tensor,
     weight: Tensor | Head,
     sources: Sequence[Source],
     mask: Tensor,
-    *,
-    bonus: Bonus | None = None,
-    temperature: float = 1.0,
-    token_weights: Tensor | None = None,
-    logit_gap: bool = False,
-    tile_tokens: int | None = None,
-    tile_vocab: int | None = None,
+    **options: Unpack[Options],
 ) -> LossTerms:
     """``KL(softmax(t) || softmax(z))`` at every counted position, without holding logits.
 
@@ -116,10 +121,7 @@ def chunked_lco_kl(
     ValueError
         For a bad shape or number, or vocabularies of different size.
     """
-    return _chunked(
-        ForwardKl, hidden, weight, sources, mask, bonus, temperature, token_weights,
-        tile_tokens, tile_vocab, logit_gap,
-    )  # fmt: skip
+    return _chunked(ForwardKl, hidden, weight, sources, mask, **options)
 
 
 def chunked_lco_mse(
@@ -127,19 +129,10 @@ def chunked_lco_mse(
     weight: Tensor | Head,
     sources: Sequence[Source],
     mask: Tensor,
-    *,
-    bonus: Bonus | None = None,
-    temperature: float = 1.0,
-    token_weights: Tensor | None = None,
-    logit_gap: bool = False,
-    tile_tokens: int | None = None,
-    tile_vocab: int | None = None,
+    **options: Unpack[Options],
 ) -> LossTerms:
     """``(1 / vocab) sum (z - t)^2``; otherwise as :func:`chunked_lco_kl`."""
-    return _chunked(
-        SquaredError, hidden, weight, sources, mask, bonus, temperature, token_weights,
-        tile_tokens, tile_vocab, logit_gap,
-    )  # fmt: skip
+    return _chunked(SquaredError, hidden, weight, sources, mask, **options)
 
 
 def chunked_lco_log_cosh(
@@ -147,19 +140,10 @@ def chunked_lco_log_cosh(
     weight: Tensor | Head,
     sources: Sequence[Source],
     mask: Tensor,
-    *,
-    bonus: Bonus | None = None,
-    temperature: float = 1.0,
-    token_weights: Tensor | None = None,
-    logit_gap: bool = False,
-    tile_tokens: int | None = None,
-    tile_vocab: int | None = None,
+    **options: Unpack[Options],
 ) -> LossTerms:
     """``(1 / vocab) sum log cosh(z - t)``; otherwise as :func:`chunked_lco_kl`."""
-    return _chunked(
-        LogCosh, hidden, weight, sources, mask, bonus, temperature, token_weights,
-        tile_tokens, tile_vocab, logit_gap,
-    )  # fmt: skip
+    return _chunked(LogCosh, hidden, weight, sources, mask, **options)
 
 
 def chunked_gkd(
@@ -169,10 +153,7 @@ def chunked_gkd(
     mask: Tensor,
     *,
     beta: float,
-    temperature: float = 1.0,
-    token_weights: Tensor | None = None,
-    tile_tokens: int | None = None,
-    tile_vocab: int | None = None,
+    **options: Unpack[Options],
 ) -> LossTerms:
     """Generalised Jensen-Shannon divergence to a teacher; ``beta`` as in TRL.
 
@@ -181,10 +162,8 @@ def chunked_gkd(
     """
     if not 0.0 <= beta <= 1.0:
         raise ValueError(f"beta is {beta}: it must lie in [0, 1]")
-    return _chunked(
-        partial(generalised_jsd, beta), hidden, weight, [(*teacher, 1.0)], mask, None, temperature,
-        token_weights, tile_tokens, tile_vocab,
-    )  # fmt: skip
+    kind = partial(generalised_jsd, beta)
+    return _chunked(kind, hidden, weight, [(*teacher, 1.0)], mask, **options)
 
 
 def dense_match(
@@ -258,12 +237,13 @@ def _chunked(
     weight: Tensor | Head,
     sources: Sequence[Source],
     mask: Tensor,
-    bonus: Bonus | None,
-    temperature: float,
-    token_weights: Tensor | None,
-    tile_tokens: int | None,
-    tile_vocab: int | None,
+    *,
+    bonus: Bonus | None = None,
+    temperature: float = 1.0,
+    token_weights: Tensor | None = None,
     logit_gap: bool = False,
+    tile_tokens: int | None = None,
+    tile_vocab: int | None = None,
 ) -> LossTerms:
     _check_mask(mask)
     check_temperature(temperature)
