@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
-from holdfast.assemble_on_policy import Models, on_policy_objective
+from holdfast.assemble_on_policy import Models, check, on_policy_objective
 from holdfast.errors import DataError, RecipeError
 from holdfast.joint import Alright, Interleave, Maxright, Mix, Objective, Schedule, Sequential
 from holdfast.joint.batches import Batches
@@ -112,6 +112,9 @@ def assemble(
     HoldfastError
         For a model or data that cannot be used.
     """
+    for name, spec in recipe.objectives.items():
+        if isinstance(spec, OnPolicySpec):
+            check(name, spec, recipe.policy)
     policy = _policy(recipe.policy, recipe.training.seed, tokenizer_folder)
     if recipe.training.gradient_checkpointing:
         policy.enable_gradient_checkpointing()

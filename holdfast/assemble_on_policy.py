@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +27,7 @@ from holdfast.language.generate import (
     VllmGenerator,
 )
 from holdfast.language.losses.policy_gradient import cispo, dro, gspo, pmd, ppo_clip, reinforce
-from holdfast.language.model import LanguagePolicy, load_policy
+from holdfast.language.model import PRESETS, LanguagePolicy, load_policy
 from holdfast.language.on_policy import (
     Distillation,
     DivergenceEvaluation,
@@ -53,8 +54,11 @@ class Models:
         self.asked: set[str] = set()
         """Names that were asked for; to be emptied by whoever wants to know them."""
 
-    def get(self, name: str | None, where: str) -> Frozen:
-        """A model by name; ``None``: the policy as it stands now."""
+    def get(self, name: str | None, where: str, *, truncate: bool = False) -> Frozen:
+        """A model by name; ``None``: the policy as it stands now.
+
+        ``truncate`` is that of :meth:`Frozen.check_vocabulary`.
+        """
         if name is not None:
             self.asked.add(name)
         if name not in self._loaded:
@@ -62,7 +66,7 @@ class Models:
                 self._loaded[name] = Frozen.start_of(self.policy)
             else:
                 model = Frozen(load_policy(name, dtype=self.dtype).requires_grad_(False))
-                model.check_vocabulary(self.policy, f"{where} {name}")
+                model.check_vocabulary(self.policy, f"{where} {name}", truncate=truncate)
                 model.policy.to(self.device)
                 model.share_head(self.policy)
                 self._loaded[name] = model
@@ -73,6 +77,34 @@ class Models:
         found = [f"{name} {self._loaded[name].policy.fingerprint()}" for name in sorted(self.asked)]
         self.asked.clear()
         return found
+
+
+def check(name: str, spec: schema.OnPolicySpec, policy: schema.LanguagePolicySpec) -> None:
+    """Find out what cannot work before any model is loaded.
+
+    Raises
+    ------
+    RecipeError
+        For a reward function or a generator that cannot be used.
+    """
+    _rewards(name, spec)
+    if spec.generator != "vllm":
+        return
+    if isinstance(spec, schema.MinillmSpec) and spec.teacher_mixed_alpha:
+        raise RecipeError(
+            f"objectives.{name}: vLLM cannot sample from a mixture with the teacher. Set "
+            "teacher_mixed_alpha: 0, or generator: transformers."
+        )
+    if policy.model_name_or_path in PRESETS:
+        raise RecipeError(
+            f"objectives.{name}.generator: vLLM reads a model from a directory or hub, and "
+            f"{policy.model_name_or_path} is built in memory. Use generator: transformers."
+        )
+    if importlib.util.find_spec("vllm") is None:
+        raise RecipeError(
+            f"objectives.{name}.generator: vLLM is not installed: pip install holdfast[vllm], or "
+            "use generator: transformers"
+        )
 
 
 def on_policy_objective(
@@ -114,7 +146,7 @@ def on_policy_objective(
     def decode(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), skip_special_tokens=True))
 
-    generator = _generator(name, spec, policy, models)
+    generator = _generator(spec, policy, models)
     signals, loss = _signals_and_loss(spec, policy, models)
     signals.autocast = accelerator.autocast
     source: Source = Rollouts(
@@ -201,21 +233,11 @@ def _rewards(name: str, spec: schema.OnPolicySpec) -> Rewards | None:
     return Rewards(functions, {shown(reward.name): reward.weight for reward in spec.rewards})
 
 
-def _generator(
-    name: str, spec: schema.OnPolicySpec, policy: LanguagePolicy, models: Models
-) -> Generator:
+def _generator(spec: schema.OnPolicySpec, policy: LanguagePolicy, models: Models) -> Generator:
     if spec.generator == "vllm":
-        if isinstance(spec, schema.MinillmSpec) and spec.teacher_mixed_alpha:
-            raise RecipeError(
-                f"objectives.{name}: vLLM cannot sample from a mixture with the teacher. Set "
-                "teacher_mixed_alpha: 0, or generator: transformers."
-            )
-        try:
-            return VllmGenerator(policy, str(policy.base.config._name_or_path))
-        except ImportError as error:
-            raise RecipeError(f"objectives.{name}.generator: {error}") from error
+        return VllmGenerator(policy, str(policy.base.config._name_or_path))
     if isinstance(spec, schema.MinillmSpec) and spec.teacher_mixed_alpha:
-        teacher = models.get(spec.teacher_model_name_or_path, "teacher")
+        teacher = _model(spec, models, spec.teacher_model_name_or_path, "teacher")
         return TransformersGenerator(policy, teacher=teacher.policy, alpha=spec.teacher_mixed_alpha)
     return TransformersGenerator(policy)
 
@@ -224,14 +246,16 @@ def _signals_and_loss(
     spec: schema.OnPolicySpec, policy: LanguagePolicy, models: Models
 ) -> tuple[Signals, Any]:
     signals = Signals(policy, temperature=spec.temperature)
+    if spec.log_reference_kl or (isinstance(spec, schema.PenalisedSpec) and spec.beta):
+        signals.reference = models.get(None, "reference")
     reused = spec.uses > 1
     if isinstance(spec, schema.GkdSpec):
-        teacher = models.get(spec.teacher_model_name_or_path, "teacher")
+        teacher = _model(spec, models, spec.teacher_model_name_or_path, "teacher")
         signals.temperature = 1.0
         signals.frozen = {"teacher": teacher}
         return signals, Distillation(policy.pad_id, teacher, spec.beta, spec.temperature)
     if isinstance(spec, schema.MinillmSpec):
-        teacher = models.get(spec.teacher_model_name_or_path, "teacher")
+        teacher = _model(spec, models, spec.teacher_model_name_or_path, "teacher")
         signals.behaviour = "logps"
         signals.frozen = {"teacher": teacher}
         signals.minillm = (teacher, spec.teacher_mixed_alpha, spec.length_normalization)
@@ -242,8 +266,8 @@ def _signals_and_loss(
         )
     assert isinstance(spec, schema.RewardedSpec)
     if spec.preference is not None:
-        tuned = models.get(spec.preference.reward_model, "reward_model")
-        reference = models.get(spec.preference.reference_model, "reference_model")
+        tuned = _model(spec, models, spec.preference.reward_model, "reward_model")
+        reference = _model(spec, models, spec.preference.reference_model, "reference_model")
     if isinstance(spec, schema.LcoSpec):
         signals.behaviour = "hidden" if reused else "none"
         kept = signals.kept_head
@@ -252,9 +276,9 @@ def _signals_and_loss(
             strength = spec.preference.beta_rm
             sources = {"reward": (tuned, strength), "reference": (reference, -strength)}
         elif spec.log_probability_model is not None:
-            model = models.get(spec.log_probability_model, "log_probability_model")
+            model = _model(spec, models, spec.log_probability_model, "log_probability_model")
             sources = {"q": (model, 1.0)}
-        else:
+        if spec.sparse:
             signals.advantages = partial(group_normalized, scale=spec.scale_rewards)
         signals.frozen = {key: model for key, (model, _) in sources.items()}
         loss = Lco(
@@ -279,8 +303,6 @@ def _signals_and_loss(
         signals.preference = (tuned, reference, spec.preference.beta_rm)
     else:
         signals.advantages = _advantages(spec)
-    if spec.beta:
-        signals.reference = models.get(None, "reference")
     signals.behaviour = "logps" if reused else "none"
     policy_loss, shape = _policy_loss(spec)
     gradient = PolicyGradient(
@@ -291,6 +313,10 @@ def _signals_and_loss(
         signals.whiten = spec.whiten_advantages
         gradient.vf_coef, gradient.cliprange_value = spec.vf_coef, spec.cliprange_value
     return signals, gradient
+
+
+def _model(spec: schema.OnPolicySpec, models: Models, name: str | None, where: str) -> Frozen:
+    return models.get(name, where, truncate=spec.truncate_vocabulary)
 
 
 def _advantages(spec: schema.PenalisedSpec) -> Callable[[Tensor, int], Tensor] | None:

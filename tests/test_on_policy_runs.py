@@ -69,6 +69,12 @@ def test_every_kind_trains_and_tells_what_it_saw(tmp_path, tuned, kind, reused):
         metrics = step["metrics"]
         assert math.isfinite(step["loss"]) and metrics["completions/mean_length"] > 0
         assert {"entropy", "sampled_probability", "samples"} <= metrics.keys()
+        assert {"approx_kl", "kl"} <= metrics.keys()
+        assert ("negative_share" in metrics) == (kind != "gkd")
+    # Before the first update the policy still is the one that sampled, and its own reference.
+    assert steps[0]["metrics"]["approx_kl"] == pytest.approx(0.0, abs=1e-6) or kind == "minillm"
+    assert steps[0]["metrics"]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert steps[-1]["metrics"]["kl"] > 1e-9
     # GKD has batches of the data's own completions, which nobody rewards.
     assert any("reward" in step["metrics"] for step in steps)
     assert lines(run, "eval")[-1]["objectives"]["rl"]["count"] == 6
@@ -88,6 +94,48 @@ def test_a_preference_tuned_model_gives_every_token_its_advantage(tmp_path, tune
 def test_log_probabilities_of_a_model_can_be_the_advantages(tmp_path, tuned):
     run = trained(tmp_path, kind="lco_log_cosh", log_probability_model=tuned, centre="logprob")
     assert len(lines(run, "train")) == 8
+
+
+def test_dense_and_sparse_advantages_add_up_when_both_are_asked_for(tmp_path, tuned):
+    preference = {"reward_model": tuned}
+    both, dense = (
+        trained(tmp_path / str(sparse), preference=preference, kind="lco_mse", **changes)
+        for sparse, changes in ((True, {"sparse_advantages": True}), (False, {}))
+    )
+    shown = [lines(run, "train")[0]["objectives"]["rl"] for run in (both, dense)]
+    assert "negative_share" in shown[0]["metrics"] and "negative_share" not in shown[1]["metrics"]
+    assert shown[0]["loss"] != shown[1]["loss"]
+
+
+def test_the_kl_to_the_reference_is_not_recorded_where_it_is_not_wanted(tmp_path):
+    run = trained(tmp_path, kind="grpo", log_reference_kl=False)
+    assert "kl" not in lines(run, "train")[-1]["objectives"]["rl"]["metrics"]
+
+
+def test_padding_of_a_longer_vocabulary_is_cut_off_where_that_is_asked_for(tmp_path):
+    longer = load_policy("tiny-qwen2", tokenizer=build_tokenizer(), config=SMALL, seed=5)
+    longer.base.resize_token_embeddings(264)
+    longer.save_pretrained(tmp_path / "longer")
+    changes = {"kind": "gkd", "teacher_model_name_or_path": str(tmp_path / "longer")}
+    with pytest.raises(ModelError, match="264 rows, the policy one of 260.*truncate_vocabulary"):
+        trained(tmp_path / "refused", **changes)
+    run = trained(tmp_path / "cut", **changes, truncate_vocabulary=True)
+    assert all(math.isfinite(line["objectives"]["rl"]["loss"]) for line in lines(run, "train"))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"rewards": [{"name": "numeric_anser"}]}, "numeric_answer"),
+        ({"generator": "vllm"}, "built in memory"),
+    ],
+)
+def test_what_cannot_work_is_found_before_the_data_is_read(tmp_path, changes, message):
+    file = write_on_policy(tmp_path, **changes)
+    for data in tmp_path.glob("*.jsonl"):
+        data.write_text("not json\n")
+    with pytest.raises(RecipeError, match=message):
+        runs.train(load_recipe(str(file)))
 
 
 def test_a_reward_that_can_be_learned_is(tmp_path):

@@ -77,8 +77,19 @@ class Frozen:
         if same and not theirs.requires_grad and torch.equal(own, theirs):
             self.policy.base.get_output_embeddings().weight = theirs
 
-    def check_vocabulary(self, policy: LanguagePolicy, name: str) -> None:
+    def check_vocabulary(
+        self, policy: LanguagePolicy, name: str, *, truncate: bool = False
+    ) -> None:
         """Refuse a model whose tokens are not the policy's.
+
+        Parameters
+        ----------
+        policy : LanguagePolicy
+        name : str
+            What the model is called in messages.
+        truncate : bool
+            Cut a longer vocabulary matrix to the length of the policy's. Only padding can be cut:
+            the tokenizers agree, so no token has an id beyond the policy's matrix.
 
         Raises
         ------
@@ -95,12 +106,20 @@ class Frozen:
                 f"{len(theirs)}, of which {differing} have another id or are unknown. Logits can "
                 "only be compared over one vocabulary: use a model of the same family."
             )
-        sizes = len(self.head().weight), len(policy.head().weight)
-        if sizes[0] != sizes[1]:
+        rows, wanted = len(self.head().weight), len(policy.head().weight)
+        if truncate and rows > wanted:
+            self.policy.base.resize_token_embeddings(wanted)
+            return
+        if rows != wanted:
+            mend = (
+                "set truncate_vocabulary: true to cut them off"
+                if rows > wanted
+                else "cut those of the policy, with resize_token_embeddings and save_pretrained"
+            )
             raise ModelError(
-                f"{name} has a vocabulary matrix of {sizes[0]} rows, the policy one of {sizes[1]}. "
-                f"Their tokenizers agree, so the rows beyond {min(sizes)} are padding: load both "
-                f"with resize_token_embeddings({min(sizes)})."
+                f"{name} has a vocabulary matrix of {rows} rows, the policy one of {wanted}. "
+                f"Their tokenizers agree, so the rows beyond {min(rows, wanted)} are padding: "
+                f"{mend}."
             )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -332,6 +333,8 @@ class VllmGenerator:
         gpu_memory_utilization: float = 0.3,
         max_model_len: int | None = None,
     ) -> None:
+        # The engine in this process: weights are handed over as they are, and are not serialised.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         try:
             import vllm  # type: ignore[import-not-found]
         except ImportError as error:

@@ -22,6 +22,7 @@ from holdfast.language.head import (
     Head,
     Source,
     TokenStatistics,
+    Watch,
     chunked_gkd,
     chunked_lco_kl,
     chunked_lco_log_cosh,
@@ -31,7 +32,7 @@ from holdfast.language.head import (
 )
 from holdfast.language.losses.aggregation import Aggregation, aggregate
 from holdfast.language.losses.distillation import minillm_advantages
-from holdfast.language.losses.policy_gradient import kl_k3, value_loss
+from holdfast.language.losses.policy_gradient import kl_k3, negative_share, value_loss
 from holdfast.language.model import LanguagePolicy
 from holdfast.language.rewards import Rewards
 from holdfast.language.rollouts import Rollout, sample, seed_of
@@ -61,7 +62,7 @@ class Signals:
     frozen : mapping of str to Frozen
         Models whose hidden states are kept, as ``{name}_hidden``.
     reference : Frozen, optional
-        Its log-probabilities are kept, as ``reference_logps``.
+        Its log-probabilities are kept, as ``reference_logps``, for a penalty or for the record.
     preference : tuple of (Frozen, Frozen, float), optional
         Preference-tuned model, its reference and ``beta_rm``: the advantage of a sampled token is
         ``beta_rm (log pi_rm - log pi_ref)``.
@@ -104,6 +105,16 @@ class Signals:
 
     def _score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         signals: list[dict[str, Tensor]] = [{} for _ in rollouts]
+        asked: dict[int, list[Tensor]] = {}
+
+        def hidden_of(model: Frozen) -> list[Tensor]:
+            """A model may serve several signals and is asked once."""
+            if id(model) not in asked:
+                asked[id(model)] = model.hidden([row.tokens for row in rollouts])
+            return asked[id(model)]
+
+        def logps_of(model: Frozen, temperature: float) -> list[Tensor]:
+            return self._logps(hidden_of(model), model.head(), rollouts, temperature)
 
         def keep(name: str, values: Sequence[Tensor]) -> None:
             for into, value in zip(signals, values, strict=True):
@@ -111,7 +122,7 @@ class Signals:
 
         if self.behaviour != "none" or self.critic:
             own = Frozen(self.policy)
-            hidden = own.hidden([row.tokens for row in rollouts])
+            hidden = hidden_of(own)
             if self.behaviour != "none":
                 keep("old_logps", self._logps(hidden, own.head(), rollouts))
             if self.behaviour == "hidden":
@@ -124,17 +135,16 @@ class Signals:
                     values = [self.policy.value_head(h.to(kind)).squeeze(-1) for h in hidden]
                     keep("values", [value.float() for value in values])
         for name, model in self.frozen.items():
-            keep(f"{name}_hidden", model.hidden([row.tokens for row in rollouts]))
+            keep(f"{name}_hidden", hidden_of(model))
         if self.reference is not None:
-            keep("reference_logps", self._logps_of(self.reference, rollouts, self.temperature))
+            keep("reference_logps", logps_of(self.reference, self.temperature))
         if self.preference is not None:
             tuned, reference, beta = self.preference
-            above = self._logps_of(tuned, rollouts, 1.0)
-            below = self._logps_of(reference, rollouts, 1.0)
+            above, below = logps_of(tuned, 1.0), logps_of(reference, 1.0)
             keep("advantages", [beta * (a - b) for a, b in zip(above, below, strict=True)])
         if self.minillm is not None:
             teacher, alpha, by_length = self.minillm
-            theirs = self._logps_of(teacher, rollouts, self.temperature)
+            theirs = logps_of(teacher, self.temperature)
             for into, logps in zip(signals, theirs, strict=True):
                 own_logps, everything = into["old_logps"], torch.ones(1, len(logps)).bool()
                 into["advantages"] = minillm_advantages(
@@ -151,12 +161,6 @@ class Signals:
             replace(row, signals={k: v.cpu() for k, v in {**row.signals, **found}.items()})
             for row, found in zip(rollouts, signals, strict=True)
         ]
-
-    def _logps_of(
-        self, model: Frozen, rollouts: Sequence[Rollout], temperature: float
-    ) -> list[Tensor]:
-        hidden = model.hidden([row.tokens for row in rollouts])
-        return self._logps(hidden, model.head(), rollouts, temperature)
 
     def _logps(
         self,
@@ -281,8 +285,9 @@ class _Batch:
             "sampled_probability": seen.logps.detach().exp(),
             "entropy": seen.entropy,
         }
-        if self.has("old_logps"):
-            per_token["approx_kl"] = kl_k3(self.padded("old_logps"), seen.logps.detach())
+        # Rollouts that serve one update were sampled by the very policy that is updated.
+        sampled_by = self.padded("old_logps") if self.has("old_logps") else seen.logps.detach()
+        per_token["approx_kl"] = kl_k3(sampled_by, seen.logps.detach())
         if self.has("reference_logps"):
             per_token["kl"] = kl_k3(seen.logps.detach(), self.padded("reference_logps"))
         found = {
@@ -452,6 +457,7 @@ class Lco:
             flat, ids = hidden[mask], labels[mask]
             behaviour = batch.flat("old_hidden") if batch.has("old_hidden") else flat.detach()
             sources, bonus = self._target(batch, behaviour, head, ids)
+            watch = Watch()
             terms = match(
                 flat,
                 head,
@@ -459,16 +465,21 @@ class Lco:
                 torch.ones_like(ids, dtype=torch.bool),
                 bonus=bonus,
                 temperature=self.temperature,
-                logit_gap=True,
+                watch=watch,
             )
             with torch.no_grad():
-                seen = token_statistics(
-                    hidden.detach(), head, labels, temperature=self.temperature, statistics=True
-                )
+                # The loss has seen the whole vocabulary: the record needs the sampled token only.
+                logps = logits_at(flat, head, ids) / self.temperature - watch.lse
+                zeros = logps.new_zeros(mask.shape)
+                entropy = zeros.masked_scatter(mask, watch.entropy)
+                seen = TokenStatistics(zeros.masked_scatter(mask, logps), mask, entropy)
             return terms, seen
 
         terms, seen = policy(batch.input_ids, batch.labels, read=read)
-        return LossTerms(terms.total, terms.count, {**batch.metrics(seen), **terms.metrics})
+        metrics = {**batch.metrics(seen), **terms.metrics}
+        if self.sparse:
+            metrics["negative_share"] = negative_share(batch.flat("advantages"))
+        return LossTerms(terms.total, terms.count, metrics)
 
     def _target(
         self, batch: _Batch, behaviour: Tensor, head: Head, ids: Tensor
@@ -499,14 +510,17 @@ class Lco:
 
 def log_normaliser(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
     """Log-sum-exp of the logits at every row ``(rows,)``, in tiles: a logit less its log-prob."""
-    logps = token_statistics(hidden, head, ids).logps
-    at_id = (hidden.to(logps.dtype) * head.weight[ids].to(logps.dtype)).sum(-1)
+    return logits_at(hidden, head, ids) - token_statistics(hidden, head, ids).logps
+
+
+def logits_at(hidden: Tensor, head: Head, ids: Tensor) -> Tensor:
+    """The logit of one id in every row ``(rows,)``, at least in float32."""
+    kind = torch.promote_types(hidden.dtype, torch.float32)
+    found = (hidden.to(kind) * head.weight[ids].to(kind)).sum(-1)
     if head.bias is not None:
-        at_id = at_id + head.bias[ids]
-    at_id = at_id * head.scale
-    if head.softcap is not None:
-        at_id = head.softcap * torch.tanh(at_id / head.softcap)
-    return at_id - logps
+        found = found + head.bias[ids]
+    found = found * head.scale
+    return found if head.softcap is None else head.softcap * torch.tanh(found / head.softcap)
 
 
 # Distillation -------------------------------------------------------------------------------------

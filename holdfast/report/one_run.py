@@ -32,6 +32,7 @@ def run_sections(run: Run, prefix: str) -> str:
         _objective_space(run, slots, prefix),
         _losses(run, slots, prefix),
         _turns(run, slots, prefix),
+        _dynamics(run, slots, prefix),
         _metrics(run, slots, prefix),
         _optimiser(run, prefix),
         _events(run),
@@ -207,26 +208,58 @@ def _turns(run: Run, slots: dict[str, int], prefix: str) -> str:
     return "<h2>Updates</h2>" + parts.grid(figures)
 
 
+DYNAMICS = {
+    "reward": "Reward",
+    "sampled_probability": "Probability of sampled tokens",
+    "negative_share": "Share of the gradient from negative advantages",
+    "entropy": "Entropy",
+    "approx_kl": "KL to the policy that sampled",
+    "kl": "KL to the policy before its first update",
+    "logit_gap": "Gap of the logits to their target",
+}
+"""What shows whether policy optimisation is stable, in the order in which it is drawn."""
+
+
+def _dynamics(run: Run, slots: dict[str, int], prefix: str) -> str:
+    """Reward beside gradient norm, then what moves with them when a policy collapses."""
+    present = [metric for metric in DYNAMICS if metric in run.training_metrics]
+    if "sampled_probability" not in present:
+        return ""
+    figures = [_metric(run, slots, f"{prefix}-dynamics", metric) for metric in present]
+    if len(run.grad_norm):
+        told = f"Gradient norm over steps, {parts.from_to(run.grad_norm)}."
+        lines = plots.training_lines(run.grad_norm, None)
+        svg = plots.curves(f"{prefix}-dynamics-norm", told, lines, from_zero=True)
+        figures.insert(1, parts.figure("Gradient norm", svg))
+    return "<h2>Policy optimisation</h2>" + parts.grid(figures)
+
+
 def _metrics(run: Run, slots: dict[str, int], prefix: str) -> str:
-    figures = []
-    for index, metric in enumerate(sorted({*run.training_metrics, *run.held_out_metrics})):
-        lines: list[Line] = []
-        present: dict[str, int] = {}
-        told = []
-        for name, slot in slots.items():
-            training = run.training_metrics.get(metric, {}).get(name, EMPTY)
-            held_out = run.held_out_metrics.get(metric, {}).get(name, EMPTY)
-            if not len(training) and not len(held_out):
-                continue
-            present[name] = slot
-            told.append(
-                f"{name}: held-out {parts.from_to(held_out)}, training {parts.from_to(training)}"
-            )
-            lines += plots.training_lines(training, slot) if len(training) else []
-            lines.append(Line(thinned_mean(held_out), slot, points=True))
-        svg = plots.curves(f"{prefix}-metric-{index}", f"{metric}. {'; '.join(told)}.", lines)
-        figures.append(parts.figure(metric, svg, parts.keys(present)))
+    names = {*run.training_metrics, *run.held_out_metrics}
+    if "sampled_probability" in run.training_metrics:
+        names -= {*DYNAMICS}
+    figures = [_metric(run, slots, f"{prefix}-metric", name) for name in sorted(names)]
     return "<h2>Metrics</h2>" + parts.grid(figures) if figures else ""
+
+
+def _metric(run: Run, slots: dict[str, int], prefix: str, metric: str) -> str:
+    key = "".join(c if c.isalnum() else "-" for c in metric)
+    lines: list[Line] = []
+    present: dict[str, int] = {}
+    told = []
+    for name, slot in slots.items():
+        training = run.training_metrics.get(metric, {}).get(name, EMPTY)
+        held_out = run.held_out_metrics.get(metric, {}).get(name, EMPTY)
+        if not len(training) and not len(held_out):
+            continue
+        present[name] = slot
+        told.append(
+            f"{name}: held-out {parts.from_to(held_out)}, training {parts.from_to(training)}"
+        )
+        lines += plots.training_lines(training, slot) if len(training) else []
+        lines.append(Line(thinned_mean(held_out), slot, points=True))
+    svg = plots.curves(f"{prefix}-{key}", f"{metric}. {'; '.join(told)}.", lines)
+    return parts.figure(DYNAMICS.get(metric, metric), svg, parts.keys(present))
 
 
 def _optimiser(run: Run, prefix: str) -> str:

@@ -34,6 +34,14 @@ class OnPolicySpec(ObjectiveSpec):
     mask_truncated_completions: bool = False
     generator: Literal["transformers", "vllm"] = "transformers"
     evaluation_temperature: float = Field(0.0, ge=0, description="0: the most probable tokens")
+    log_reference_kl: bool = Field(
+        True,
+        description="record the KL to the policy before its first update, for one forward pass "
+        "more a rollout (and, without LoRA, a copy of the policy)",
+    )
+    truncate_vocabulary: bool = Field(
+        False, description="cut padding off frozen models' vocabularies that are longer"
+    )
 
     @model_validator(mode="after")
     def _divides(self) -> OnPolicySpec:
@@ -208,25 +216,39 @@ class LcoSpec(RewardedSpec):
     log_probability_model: str | None = Field(
         None, description="advantages from the log-probabilities of this model"
     )
+    sparse_advantages: bool | None = Field(
+        None,
+        description="advantages of sampled tokens from rewards; null: unless there are dense ones",
+    )
     centre: Literal["none", "mean", "logprob"] = Field(
         "none", description="constant of the advantages; lco_kl does not depend on it"
     )
 
     @model_validator(mode="after")
     def _centred(self) -> LcoSpec:
-        if self.centre == "logprob" and self.sparse:
+        if self.centre == "logprob" and not self.dense:
             raise ValueError("centre logprob is for dense advantages: none or mean")
         return self
 
     @property
+    def dense(self) -> bool:
+        """Whether every token of the vocabulary has an advantage."""
+        return self.preference is not None or self.log_probability_model is not None
+
+    @property
     def sparse(self) -> bool:
-        """Whether the sampled token alone has an advantage."""
-        return self.preference is None and self.log_probability_model is None
+        """Whether the sampled token has an advantage of its own."""
+        return not self.dense if self.sparse_advantages is None else self.sparse_advantages
 
     @model_validator(mode="after")
     def _one_advantage(self) -> LcoSpec:
         if self.preference is not None and self.log_probability_model is not None:
             raise ValueError("name either preference or log_probability_model, not both")
+        if not (self.sparse or self.dense):
+            raise ValueError(
+                "sparse_advantages is false, and there are no others: name preference or "
+                "log_probability_model"
+            )
         if self.sparse and self.num_generations < 2:
             raise ValueError("num_generations is 1: advantages need a group of 2 or more")
         return self

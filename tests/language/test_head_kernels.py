@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from holdfast.language.head import (
     Bonus,
     Head,
+    Watch,
     chunked_gkd,
     chunked_lco_kl,
     chunked_lco_log_cosh,
@@ -195,7 +196,7 @@ def loss(
             ids = torch.randint(vocab, shape, generator=generator)
             bonus = Bonus(offset=normal(*shape), token_ids=ids, amounts=normal(*shape))
             sources = [(frozen, head, 1.0), (other, normal(vocab, width), 0.5)]
-            options |= {"bonus": bonus, "logit_gap": True}
+            options |= {"bonus": bonus, "watch": Watch()}
             terms = CHUNKED[name](hidden, head, sources, mask, **options)
         terms.total.backward()
     gaps = [terms.metrics["logit_gap"]] if "logit_gap" in terms.metrics else []

@@ -18,6 +18,7 @@ from holdfast.joint import LossTerms
 from holdfast.language.head import (
     Bonus,
     Head,
+    Watch,
     chunked_gkd,
     chunked_lco_kl,
     chunked_lco_log_cosh,
@@ -701,9 +702,29 @@ def test_bad_numbers_name_themselves():
             )
 
 
+def test_a_large_constant_leaves_the_logit_gap_what_it_is():
+    hidden, weight = torch.randn(5, 4), torch.randn(30, 4)
+    mask = torch.ones(5, dtype=torch.bool)
+    sources = [(torch.randn(5, 4), weight, 1.0)]
+    found = [
+        chunked_lco_kl(
+            hidden,
+            weight,
+            sources,
+            mask,
+            bonus=Bonus(torch.full((5,), constant)),
+            watch=Watch(),
+            tile_tokens=2,
+            tile_vocab=7,
+        ).metrics["logit_gap"]
+        for constant in (0.0, 3000.0)
+    ]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=0.0)
+
+
 @pytest.mark.parametrize("tile", [(None, None), (2, 3), (3, 11)])
 @pytest.mark.parametrize("match", [chunked_lco_kl, chunked_lco_mse, chunked_lco_log_cosh])
-def test_the_logit_gap_is_the_deviation_from_the_target_and_changes_nothing_else(match, tile):
+def test_what_is_watched_is_what_dense_logits_show_and_changes_nothing_else(match, tile):
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape):
@@ -712,10 +733,14 @@ def test_the_logit_gap_is_the_deviation_from_the_target_and_changes_nothing_else
     hidden, other, weight = normal(4, 5).requires_grad_(), normal(4, 5), normal(11, 5)
     mask = torch.tensor([True, False, True, True])
     sources, options = [(other, weight, 0.7)], {"tile_tokens": tile[0], "tile_vocab": tile[1]}
-    terms = match(hidden, weight, sources, mask, logit_gap=True, **options)
+    watch = Watch()
+    terms = match(hidden, weight, sources, mask, watch=watch, **options)
     plain = match(hidden, weight, sources, mask, **options)
     gaps = (hidden @ weight.T - 0.7 * other @ weight.T).std(-1, correction=0)
     torch.testing.assert_close(terms.metrics["logit_gap"], gaps[mask].sum().detach())
+    seen = torch.distributions.Categorical(logits=(hidden @ weight.T).detach()[mask])
+    torch.testing.assert_close(watch.entropy, seen.entropy())
+    torch.testing.assert_close(watch.lse, (hidden @ weight.T)[mask].logsumexp(-1).detach())
     assert terms.total == plain.total and not plain.metrics
     grads = [torch.autograd.grad(x.total, hidden)[0] for x in (terms, plain)]
     assert torch.equal(*grads)

@@ -265,6 +265,19 @@ def test_the_gradient_does_not_depend_on_how_a_batch_is_cut():
             assert_close(metric, sum(p.metrics[name] for p in parts), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("kind", ["lco_kl", "lco_mse", "lco_log_cosh"])
+def test_lco_records_of_the_policy_what_a_policy_gradient_records(kind, temperature):
+    policy, rows = build(1), rollouts()
+    plain = PolicyGradient(
+        policy.pad_id, lambda logps, _, a, mask: reinforce(logps, a, mask), temperature=temperature
+    )
+    expected = plain(policy, rows).metrics
+    found = Lco(policy.pad_id, kind, beta=0.5, temperature=temperature)(policy, rows).metrics
+    for name in ("entropy", "sampled_probability", "negative_share", "reward"):
+        assert_close(found[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
 def test_metrics_average_over_what_they_are_about():
     policy, rows = build(1), rollouts(4)
     rows[3] = replace(rows[3], reward=float("nan"))
@@ -334,8 +347,13 @@ def test_a_model_with_another_vocabulary_is_refused_by_name():
         Frozen(other).check_vocabulary(policy, "teacher models/big")
     wide = load_policy("tiny-qwen2", tokenizer=build_tokenizer(), config=SMALL)
     wide.base.resize_token_embeddings(264)
-    with pytest.raises(ModelError, match=r"264 rows, the policy one of 260.*padding"):
+    with pytest.raises(ModelError, match=r"264 rows, the policy one of 260.*padding.*truncate"):
         Frozen(wide).check_vocabulary(policy, "teacher")
+    with pytest.raises(ModelError, match=r"260 rows, the policy one of 264.*those of the policy"):
+        Frozen(policy).check_vocabulary(wide, "teacher", truncate=True)
+    before = wide.head().weight[:260].clone()
+    Frozen(wide).check_vocabulary(policy, "teacher", truncate=True)
+    assert torch.equal(wide.head().weight, before)
 
 
 @pytest.mark.parametrize("seed", range(3))

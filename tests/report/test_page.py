@@ -112,6 +112,25 @@ def test_report_of_one_run_shows_everything(make_run: MakeRun, tmp_path: Path) -
     assert_self_contained(page)
 
 
+def test_policy_optimisation_is_shown_together(write_run: Callable[..., Path]) -> None:
+    metrics = {"reward": 0.5, "sampled_probability": 0.3, "entropy": 1.0, "kl": 0.1, "other": 2.0}
+    records = [
+        {
+            "kind": "train",
+            "step": step,
+            "objectives": {"rl": {"weight": 1.0, "loss": 0.1, "count": 8, "metrics": metrics}},
+            "grad_norm": 2.0,
+        }
+        for step in range(1, 5)
+    ]
+    page = write_report([write_run(records)]).read_text("utf-8")
+    part = page[page.index("<h2>Policy optimisation") : page.index("<h2>Metrics")]
+    titles = ["Reward", "Gradient norm", "Probability of sampled tokens", "Entropy", "KL to the"]
+    places = [part.index(f">{title}") for title in titles]
+    assert places == sorted(places)
+    assert "other" not in part and "other" in page
+
+
 def test_every_figure_is_described_in_words(make_run: MakeRun) -> None:
     page = Page(write_report([make_run(gaps=True)]))
     labels = [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"]

@@ -7,6 +7,7 @@ Losses over the whole vocabulary are computed from hidden states and vocabulary 
 from holdfast.language.head.matching import (
     Bonus,
     Source,
+    Watch,
     chunked_gkd,
     chunked_lco_kl,
     chunked_lco_log_cosh,
@@ -21,6 +22,7 @@ __all__ = [
     "Head",
     "Source",
     "TokenStatistics",
+    "Watch",
     "chunked_gkd",
     "chunked_lco_kl",
     "chunked_lco_log_cosh",

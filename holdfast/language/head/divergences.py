@@ -186,33 +186,48 @@ def generalised_jsd(beta: float, like: Tensor, vocab: int) -> Divergence:
     return JensenShannon(like, vocab, beta)
 
 
-class WithLogitGap:
-    """A divergence that also measures how far the logits are from their target.
+class Watched:
+    """A divergence that also finds what a record of training shows of its rows.
 
-    The gap of a row is the deviation of ``z - t`` over the vocabulary: no constant counts.
-    Whoever made the divergence finds the gaps of its rows in ``found``, part by part.
+    It is shown the same logits, so that nothing is projected for the record. Whoever made it finds
+    in ``found``, set of rows by set of rows, each ``(rows,)``: the deviation of ``z - t`` over the
+    vocabulary (no constant counts), the log-sum-exp of ``z``, and the entropy of its softmax.
     """
 
-    def __init__(self, inner: Divergence, like: Tensor, vocab: int, found: list[Tensor]) -> None:
+    def __init__(
+        self,
+        inner: Divergence,
+        like: Tensor,
+        vocab: int,
+        found: list[tuple[Tensor, Tensor, Tensor]],
+    ) -> None:
         self.inner = inner
         self.stages = inner.stages
         self.vocab = vocab
         self.found = found
-        self.sums, self.squares = torch.zeros_like(like), torch.zeros_like(like)
+        self.policy = _Expectation(like)
+        self.seen, self.mean, self.squares = (torch.zeros_like(like) for _ in range(3))
 
     def fold(self, stage: int, rows: slice, z: Tensor, t: Tensor) -> None:
         self.inner.fold(stage, rows, z, t)
         if stage == 0:
+            self.policy.fold(rows, z, z)
+            # Means and squares about them are merged (Chan et al.), for a difference of two large
+            # sums would leave nothing of a small deviation.
             gap = z - t
-            self.sums[rows] += gap.sum(1)
-            self.squares[rows] += gap.square_().sum(1)
+            mean, new, seen = gap.mean(1), gap.shape[1], self.seen[rows]
+            squares = gap.sub_(mean.unsqueeze(1)).square_().sum(1)
+            above, share = mean - self.mean[rows], new / (seen + new)
+            self.squares[rows] += squares + above.square() * seen * share
+            self.mean[rows] += above * share
+            self.seen[rows] += new
 
     def residual_(self, rows: slice, z: Tensor, t: Tensor, factors: Tensor) -> None:
         self.inner.residual_(rows, z, t, factors)
 
     def losses(self) -> Tensor:
-        mean = self.sums / self.vocab
-        self.found.append((self.squares / self.vocab - mean.square()).clamp_(min=0.0).sqrt_())
+        gap, lse = (self.squares / self.vocab).sqrt_(), self.policy.lse
+        self.found.append((gap, lse, (lse - self.policy.mean).clamp_(min=0.0)))
         return self.inner.losses()
 
 

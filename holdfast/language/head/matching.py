@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib.util import find_spec
 from typing import Any, TypedDict, Unpack
@@ -27,7 +27,7 @@ from holdfast.language.head.divergences import (
     ForwardKl,
     LogCosh,
     SquaredError,
-    WithLogitGap,
+    Watched,
     generalised_jsd,
 )
 from holdfast.language.head.tiles import (
@@ -65,13 +65,32 @@ class Bonus:
     amounts: Tensor | None = None
 
 
+@dataclass
+class Watch:
+    """What a chunked loss has seen of the policy at every counted position, in order.
+
+    Attributes
+    ----------
+    logit_gap : Tensor
+        ``(counted,)``: deviation over the vocabulary of the policy's logits from the target's.
+    lse : Tensor
+        ``(counted,)``: log-sum-exp of the policy's logits over the temperature.
+    entropy : Tensor
+        ``(counted,)``: of the policy at the temperature, in nats.
+    """
+
+    logit_gap: Tensor = field(init=False)
+    lse: Tensor = field(init=False)
+    entropy: Tensor = field(init=False)
+
+
 class Options(TypedDict, total=False):
     """What all chunked losses take besides their tensors: see :func:`chunked_lco_kl`."""
 
     bonus: Bonus | None
     temperature: float
     token_weights: Tensor | None
-    logit_gap: bool
+    watch: Watch | None
     tile_tokens: int | None
     tile_vocab: int | None
 
@@ -106,15 +125,15 @@ def chunked_lco_kl(
         All logits are divided by it, the policy's and the sources'. Positive.
     token_weights : Tensor, optional
         ``(...)``: weight of every counted position; the count is their sum. By default 1.
-    logit_gap : bool
-        Also measure the deviation over the vocabulary of the policy's logits from the target's.
+    watch : Watch, optional
+        Filled in, at no further projection.
     tile_tokens, tile_vocab : int, optional
         Extent of a tile. They change the result by rounding only.
 
     Returns
     -------
     LossTerms
-        In nats. Metric ``logit_gap`` if asked for.
+        In nats. Metric ``logit_gap`` with a ``watch``.
 
     Raises
     ------
@@ -241,7 +260,7 @@ def _chunked(
     bonus: Bonus | None = None,
     temperature: float = 1.0,
     token_weights: Tensor | None = None,
-    logit_gap: bool = False,
+    watch: Watch | None = None,
     tile_tokens: int | None = None,
     tile_vocab: int | None = None,
 ) -> LossTerms:
@@ -257,11 +276,11 @@ def _chunked(
     rows = _Rows(mask, token_weights)
     target = _Target(sources, bonus or Bonus(), rows, vocab, temperature)
     extent = _extent(len(rows.weights), vocab, hidden.device, tile_tokens, tile_vocab)
-    gaps: list[Tensor] = []
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def watched(like: Tensor, vocab: int) -> Divergence:
         divergence = _begin(kind, like, vocab)
-        return WithLogitGap(divergence, like, vocab, gaps) if logit_gap else divergence
+        return divergence if watch is None else Watched(divergence, like, vocab, found)
 
     total = _TiledMatch.apply(
         rows.gather(hidden.reshape(-1, width)),
@@ -275,9 +294,11 @@ def _chunked(
         torch.is_grad_enabled(),
     )
     metrics = {}
-    if logit_gap:
-        found = torch.cat(gaps) if gaps else total.new_zeros(0)
-        metrics["logit_gap"] = (found * rows.weights).sum().detach()
+    if watch is not None:
+        nothing = (total.new_zeros(0),) * 3
+        seen = (torch.cat(parts) for parts in zip(nothing, *found, strict=True))
+        watch.logit_gap, watch.lse, watch.entropy = (part.detach() for part in seen)
+        metrics["logit_gap"] = (watch.logit_gap * rows.weights).sum()
     return LossTerms(total, rows.count, metrics)
 
 

@@ -72,7 +72,7 @@ def reinforce(
     """
     (logps,), gains = _tokens(advantages, mask, logps=logps)
     total, count = aggregate(-gains * logps, mask, aggregation, length)
-    return LossTerms(total, count, {"negative_share": _negative_share(gains)})
+    return LossTerms(total, count, {"negative_share": negative_share(gains)})
 
 
 def ppo_clip(
@@ -444,11 +444,11 @@ def _off_policy(
 ) -> dict[str, Tensor]:
     return {
         "approx_kl": _mean(kl_k3(old_logps, logps.detach()), mask),
-        "negative_share": _negative_share(advantages),
+        "negative_share": negative_share(advantages),
     }
 
 
-def _negative_share(advantages: Tensor) -> Tensor:
+def negative_share(advantages: Tensor) -> Tensor:
     """Of advantages that are 0 where nothing counts."""
     return torch.stack([(-advantages).clamp(min=0.0).sum(), advantages.abs().sum()])
 
