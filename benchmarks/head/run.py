@@ -100,6 +100,28 @@ def measure(name: str, case: Case) -> dict[str, Any]:
         }
 
 
+def measure_step() -> dict[str, dict[str, list[float]]]:
+    """Both whole training steps, by turns in one process."""
+    command = [sys.executable, "-m", "benchmarks.head.step", str(WARM_UP + STEPS)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    found: dict[str, dict[str, list[float]]] = json.loads(done.stdout)
+    return found
+
+
+def read_step(cell: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    sides = cell["holdfast"], cell["trl"]
+    return {
+        **{
+            clock: median_ratio(np.array([side[clock] for side in sides]).T[WARM_UP:])
+            for clock in ("wall", "cpu")
+        },
+        "seconds": [statistics.median(side["wall"][WARM_UP:]) for side in sides],
+    }
+
+
 def read(cell: dict[str, Any], case: Case) -> dict[str, Any]:
     ours, theirs = cell["holdfast"], cell[case.rival]
     extra = [side["peak"] - side["resident"] for side in (ours, theirs)]
@@ -199,7 +221,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     print(table(summary))
     draw(summary, HERE / "head.png")
-    results.finish(summary)
+    whole = read_step(results.cell("LCO step", measure_step))
+    clocks = ["{ratio:.2f} {interval}".format(**whole[clock]) for clock in ("wall", "cpu")]
+    print(
+        "LCO step beside TRL's GRPO step: time {}, processor time {}, ".format(*clocks)
+        + "{:.1f} s and {:.1f} s".format(*whole["seconds"])
+    )
+    results.finish(summary | {"LCO step": whole})
 
 
 if __name__ == "__main__":
