@@ -108,6 +108,7 @@ class Cell:
             "max_completion_length": 5,
             "temperature": 1.0,
             "evaluation_temperature": 1.0,
+            "log_reference_kl": False,
         }
         reported = objective | {
             "kind": "reinforce",

@@ -7,7 +7,6 @@ of each, ``{side: {clock: [seconds]}}``, as JSON.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
