@@ -1,0 +1,1 @@
+"""Estimators of values and rewards that the saddle problem is compared with."""
