@@ -56,7 +56,9 @@ class TabularMDP:
     ) -> None:
         self.rewards: Array = np.array(rewards, dtype=np.float64)
         if self.rewards.ndim != 2 or not self.rewards.size:
-            raise ValueError(f"rewards has shape {self.rewards.shape}: it must be (states, actions)")
+            raise ValueError(
+                f"rewards has shape {self.rewards.shape}: it must be (states, actions)"
+            )
         if not np.isfinite(self.rewards).all():
             s, a = np.argwhere(~np.isfinite(self.rewards))[0]
             raise ValueError(f"rewards is {self.rewards[s, a]} in state {s}, action {a}")
@@ -228,16 +230,10 @@ class TabularMDP:
             For a row outside the table, an unobserved reward, a state that is terminal in some
             rows only, or, without ``fallback``, a pair that does not occur.
         """
-        counts = transitions.counts(states, actions).ravel()
+        seen = transitions.counts(states, actions).ravel() > 0
         if np.isnan(transitions.reward).any():
             row = int(np.flatnonzero(np.isnan(transitions.reward))[0])
             raise ValueError(f"reward is not observed in row {row}: an empirical model needs all")
-        pair = transitions.state * actions + transitions.action
-        shape = (states * actions, states)
-        seen = counts > 0
-        share = 1.0 / counts[pair]
-        kernel = sparse.csr_array((share, (pair, transitions.next_state)), shape=shape)
-        rewards = np.bincount(pair, transitions.reward * share, minlength=shape[0])
         terminal = np.zeros(states, bool)
         terminal[transitions.next_state[transitions.terminal]] = True
         mixed = np.flatnonzero(terminal[transitions.next_state] & ~transitions.terminal)
@@ -246,7 +242,15 @@ class TabularMDP:
             raise ValueError(
                 f"state {transitions.next_state[row]} is terminal in some rows but not in row {row}"
             )
-        seen |= np.repeat(terminal, actions)
+        # Nothing happens in a terminal state: it stays where it is.
+        ended = np.flatnonzero(np.repeat(terminal, actions) & ~seen)
+        seen[ended] = True
+        pair = np.concatenate([transitions.state * actions + transitions.action, ended])
+        target = np.concatenate([transitions.next_state, ended // actions])
+        reward = np.concatenate([transitions.reward, np.zeros(len(ended))])
+        share = 1.0 / np.bincount(pair, minlength=len(seen))[pair]
+        kernel = sparse.csr_array((share, (pair, target)), shape=(len(seen), states))
+        rewards = np.bincount(pair, reward * share, minlength=len(seen))
         if not seen.all():
             if fallback is None:
                 s, a = divmod(int(np.flatnonzero(~seen)[0]), actions)
@@ -258,18 +262,10 @@ class TabularMDP:
             kernel = kernel + unseen @ sparse.csr_array(fallback.kernel)
             rewards = np.where(seen, rewards, fallback.rewards.ravel())
             terminal = terminal | fallback.terminal
-        ended = sparse.csr_array(
-            (np.ones(1), ([0], [0])), shape=(1, states)
-        )  # Rows of terminal states are never used, but must be probabilities.
-        blank = np.flatnonzero(np.asarray(kernel.sum(1)) == 0)
-        if len(blank):
-            pick = sparse.csr_array(
-                (np.ones(len(blank)), (blank, np.zeros(len(blank), int))), shape=(shape[0], 1)
-            )
-            kernel = kernel + pick @ ended
-        dense = fallback is None or not sparse.issparse(fallback.kernel)
-        whole = kernel.toarray().reshape(states, actions, states) if dense else kernel
-        return cls(whole, rewards.reshape(states, actions), discount, terminal=terminal)
+        rewards = rewards.reshape(states, actions)
+        if fallback is None or not sparse.issparse(fallback.kernel):
+            kernel = kernel.toarray().reshape(states, actions, states)
+        return cls(kernel, rewards, discount, terminal=terminal)
 
     @classmethod
     def random(
@@ -340,7 +336,9 @@ class TabularMDP:
         last = rows * columns - 1
         rewards = -0.04 + goal * np.where(targets == last, chances, 0.0).sum(-1)
         terminal = np.arange(rows * columns) == last
-        return cls(_scattered(targets, chances, rows * columns), rewards, discount, terminal=terminal)
+        return cls(
+            _scattered(targets, chances, rows * columns), rewards, discount, terminal=terminal
+        )
 
     @classmethod
     def bus(

@@ -109,22 +109,18 @@ def soft_policy_iteration(
     Parameters, errors and result as in :func:`soft_value_iteration`.
     """
     _check_tolerance(tolerance)
-    q = mdp.backup(np.zeros_like(mdp.rewards))
-    best: Solution | None = None
+    v = np.zeros(mdp.states)
+    q = mdp.rewards.copy()
     for solves in range(1, max_solves + 1):
-        policy, v = soft_policy(q), soft_value(q)
         # Solving for the change, not for the values, keeps the digits that a high discount takes.
-        gap = np.where(mdp.terminal, 0.0, soft_value(mdp.backup(q)) - v)
-        v = v + _evaluate(mdp, soft_policy(mdp.backup(q)), gap)
+        change = np.where(mdp.terminal, 0.0, soft_value(q) - v)
+        v = v + _evaluate(mdp, soft_policy(q), change)
         q = mdp.rewards + mdp.discount * mdp.expected(v)
         found = _solution(mdp, q, solves)
         if found.residual <= max(tolerance, _rounding(q)):
             return found
-        if best is None or found.residual < best.residual:
-            best = found
-    assert best is not None and policy is not None
     raise HoldfastError(
-        f"soft policy iteration left a residual of {best.residual:.3g} after {max_solves} solves "
+        f"soft policy iteration left a residual of {found.residual:.3g} after {max_solves} solves "
         f"(tolerance {tolerance:.3g}, discount {mdp.discount}): raise the tolerance."
     )
 

@@ -137,7 +137,9 @@ def _states(name: str, values: ArrayLike) -> NDArray[Any]:
 def _column(name: str, values: ArrayLike, n: int) -> NDArray[Any]:
     array = np.asarray(values)
     if array.shape != (n,):
-        raise ValueError(f"{name} has shape {array.shape}: it must be ({n},), as state has {n} rows")
+        raise ValueError(
+            f"{name} has shape {array.shape}: it must be ({n},), as state has {n} rows"
+        )
     return array
 
 

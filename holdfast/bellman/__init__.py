@@ -1,0 +1,7 @@
+"""Values and rewards from logged decisions."""
+
+from holdfast.bellman.mdp import TabularMDP
+from holdfast.bellman.solve import Solution
+from holdfast.bellman.transitions import Transitions
+
+__all__ = ["Solution", "TabularMDP", "Transitions"]
