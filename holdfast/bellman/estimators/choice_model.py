@@ -34,6 +34,8 @@ class ChoiceModel:
         In [0, 1). 0.9999 works: the fixed point is solved by policy iteration.
     offset : array, optional
         ``(S, A)``: the part of the reward that is known. 0 if not given.
+    terminal : array, optional
+        ``(S,)``, bool: nothing is earned from such a state on. None are by default.
 
     Raises
     ------
@@ -49,6 +51,7 @@ class ChoiceModel:
         discount: float,
         *,
         offset: ArrayLike | None = None,
+        terminal: ArrayLike | None = None,
     ) -> None:
         self.features = _finite("features", features, 3)
         states, actions, self.parameters = self.features.shape
@@ -73,6 +76,12 @@ class ChoiceModel:
         )
         if self.offset.shape != (states, actions):
             raise ValueError(f"offset has shape {self.offset.shape}, not {(states, actions)}")
+        if terminal is not None:
+            ended = np.asarray(terminal, dtype=bool)
+            if ended.shape != (states,):
+                raise ValueError(f"terminal has shape {ended.shape}, not {(states,)}")
+            # What is lost from the rows has ended, and the values after it are 0.
+            self.transitions = np.where(ended, 0.0, self.transitions)
 
     def rewards(self, theta: ArrayLike) -> Array:
         """``(S, A)`` under the parameters ``theta (K,)``."""
@@ -133,7 +142,7 @@ class ChoiceModel:
             Value, gradient and Hessian in ``theta``, exact; and the information expected given the
             states that were visited.
         """
-        return self.solve(theta).likelihood(_counts(counts, self.offset.shape))
+        return self.solve(theta).likelihood(checked_counts(counts, self.offset.shape))
 
 
 @dataclass(frozen=True)
@@ -239,7 +248,8 @@ def _finite(name: str, values: ArrayLike, ndim: int) -> Array:
     return array
 
 
-def _counts(counts: ArrayLike, shape: tuple[int, ...]) -> Array:
+def checked_counts(counts: ArrayLike, shape: tuple[int, ...]) -> Array:
+    """Counts of choices as an array of that shape, or a ``ValueError``."""
     array = _finite("counts", counts, 2)
     if array.shape != shape:
         raise ValueError(f"counts has shape {array.shape}, not the (S, A) = {shape} of the model")

@@ -12,7 +12,12 @@ from holdfast.errors import TrainingError
 
 Array = NDArray[np.float64]
 
+# Least eigenvalue of an information matrix scaled to a unit diagonal.
 _IDENTIFIED = 1e-11
+# Least root of a parameter's information, as a share of the largest: below it is rounding error,
+# of values that may be 1e4 times the rewards.
+_SEEN = 1e-10
+# When Newton's method is a step from the end: the gain it predicts, and its relative length.
 _DECREMENT = 1e-8
 _STEP = 1e-4
 
@@ -98,8 +103,9 @@ def inverse_information(information: Array) -> Array:
         If it is singular: the data do not determine the parameters.
     """
     scale = np.sqrt(np.clip(np.diag(information), 0, None))
-    if not (scale > 0).all():
-        _not_identified(np.flatnonzero(~(scale > 0)))
+    blank = ~(scale > _SEEN * scale.max())
+    if blank.any():
+        _not_identified(np.flatnonzero(blank))
     values, vectors = np.linalg.eigh(information / np.outer(scale, scale))
     if values[0] < _IDENTIFIED:
         _not_identified(np.flatnonzero(abs(vectors[:, 0]) > 0.1))
