@@ -1,0 +1,1 @@
+"""Robots: policies that act in environments, cloned from demonstrations and fine-tuned."""
