@@ -17,11 +17,11 @@ from accelerate.utils import DistributedDataParallelKwargs
 
 from holdfast.assemble_on_policy import Models, check, on_policy_objective
 from holdfast.errors import DataError, RecipeError
-from holdfast.joint import Alright, Interleave, Maxright, Mix, Objective, Schedule, Sequential
+from holdfast.joint import Alright, Maxright, Mix, Objective, Schedule, Sequential
 from holdfast.joint.batches import Batches
 from holdfast.joint.checkpoint import Checkpoints
 from holdfast.joint.record import Recorder
-from holdfast.joint.trainer import Trainer, TrainerOptions
+from holdfast.joint.trainer import Trainer, TrainerOptions, check_learning_rates
 from holdfast.language.data import (
     Demonstration,
     Prompt,
@@ -38,6 +38,7 @@ from holdfast.language.objectives import Dpo, Nll
 from holdfast.language.reference import with_reference
 from holdfast.language.tokenizers import build_tokenizer, train_bpe
 from holdfast.schema import (
+    AdaptiveInterleaveSpec,
     AlrightSpec,
     DpoSpec,
     GkdSpec,
@@ -182,6 +183,7 @@ def alone(recipe: Recipe, name: str) -> Recipe:
     steps = recipe.training.max_steps
     values["schedule"] = {"kind": "sequential", "stages": [{"objective": name, "steps": steps}]}
     values["training"]["report_to"] = []
+    values["combiner"] = None
     values.update(name=f"{recipe.name}-{name}-alone", output=None)
     return Recipe.model_validate(values)
 
@@ -191,8 +193,8 @@ def build_schedule(recipe: Recipe, optima: Mapping[str, float]) -> Schedule:
     spec = recipe.schedule
     if isinstance(spec, MixSpec):
         return Mix(spec.weights)
-    if isinstance(spec, InterleaveSpec):
-        return Interleave(spec.counts)
+    if isinstance(spec, InterleaveSpec | AdaptiveInterleaveSpec):
+        return spec.schedule()
     if isinstance(spec, AlrightSpec):
         return Alright(spec.weights, recipe.training.seed if spec.seed is None else spec.seed)
     if isinstance(spec, MaxrightSpec):
@@ -209,7 +211,13 @@ def build_trainer(
     folder: Path,
     recorder: Recorder | None,
 ) -> Trainer:
-    """The trainer of a run that lives in ``folder``."""
+    """The trainer of a run that lives in ``folder``.
+
+    Raises
+    ------
+    RecipeError
+        If an entry of ``training.learning_rates`` fits no trainable parameter.
+    """
     training = recipe.training.model_dump()
     own = ("bf16", "gradient_checkpointing", "save_total_limit", "report_to")
     keep = training["save_total_limit"]
@@ -217,12 +225,18 @@ def build_trainer(
         training.pop(entry)
     for name, optimum in optima.items():
         assembly.objectives[name].optimum = optimum
+    options = TrainerOptions(**training)
+    try:
+        check_learning_rates(assembly.policy, options)
+    except ValueError as error:
+        raise RecipeError(f"training.{error}") from error
     return Trainer(
         assembly.policy,
         assembly.objectives,
         build_schedule(recipe, optima),
-        TrainerOptions(**training),
+        options,
         accelerator=accelerator,
+        combiner=recipe.combiner.combiner() if recipe.combiner else None,
         recorder=recorder,
         checkpoints=Checkpoints(folder / "checkpoints", keep),
         fingerprint=assembly.fingerprint,

@@ -98,6 +98,16 @@ SCHEDULES = [
     {"kind": "alright", "weights": {"sft": 0.25, "dpo": 0.75}, "seed": 3},
     {"kind": "maxright", "weights": {"sft": 1, "dpo": 0}, "evaluate_every": 2, "smoothing": 0.9},
     {"kind": "sequential", "stages": STAGES},
+    {"kind": "interleave", "counts": {"sft": 1, "dpo": 3}},
+    {"kind": "interleave", "first": "sft", "second": "dpo", "ratio": 3, "combine": True},
+    {
+        "kind": "adaptive_interleave",
+        "first": "sft",
+        "second": "dpo",
+        "form": "root",
+        "every": "iteration",
+        "updates_per_iteration": 4,
+    },
     {
         "kind": "sequential",
         "stages": [
@@ -140,6 +150,8 @@ OTHER_TEXT = {
     "objectives.dpo.data.bad_rows": "drop",
     "objectives.sft.optimum": 0.25,
     "training.lr_scheduler_type": "cosine",
+    "combiner.method": "pcgrad",
+    "combiner.scale": "match",
 }
 FIXED = {  # Their other values need other entries beside them.
     "objectives.sft.kind",
@@ -149,6 +161,7 @@ FIXED = {  # Their other values need other entries beside them.
     "policy.tokenizer.kind",
     "schedule.weights.sft",
     "schedule.weights.dpo",
+    "combiner.priority",
 }
 
 
@@ -159,7 +172,9 @@ def full() -> dict:
         objectives__sft__optimum="auto",
         objectives__dpo__optimum=0.5,
         schedule={"kind": "maxright", "weights": {"sft": 0.5, "dpo": 0.5}},
+        combiner={"method": "upgrad"},
         training__lr_scheduler_type="linear",
+        training__learning_rates={"model.norm": 0.1},
     )
     return Recipe.model_validate(values).dump()
 

@@ -1,8 +1,9 @@
 """The joint-training engine: one policy, several objectives. Free of any domain."""
 
-from holdfast.joint.combine import Combiner, WeightedSum
+from holdfast.joint.combine import Combiner, Surgery, WeightedSum
 from holdfast.joint.objective import LossTerms, Objective, Source
 from holdfast.joint.schedules import (
+    AdaptiveInterleave,
     Alright,
     Interleave,
     Maxright,
@@ -14,6 +15,7 @@ from holdfast.joint.schedules import (
 )
 
 __all__ = [
+    "AdaptiveInterleave",
     "Alright",
     "Combiner",
     "Interleave",
@@ -25,6 +27,7 @@ __all__ = [
     "Sequential",
     "Source",
     "Stage",
+    "Surgery",
     "Turn",
     "WeightedSum",
 ]

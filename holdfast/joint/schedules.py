@@ -3,7 +3,8 @@
 A schedule sees names and losses, nothing else. ``next(probe)`` returns the turn of the coming
 optimiser step; ``probe(name)`` evaluates an objective's mean loss without a graph and is called
 only when the schedule needs a fresh value. ``observe(name, loss)`` reports the training loss of an
-objective that was updated. Everything a schedule remembers is in ``state_dict``, as JSON values.
+objective that was updated. A schedule that also wants gradients has :meth:`Watching.watch`; no
+other pays for it. Everything a schedule remembers is in ``state_dict``, as JSON values and tensors.
 
 Source: Fernando et al., "Mitigating Forgetting in LLM Supervised Fine-Tuning and Preference
 Learning" (ALRIGHT: Algorithm 2; MAXRIGHT: Algorithms 3 and 4).
@@ -13,21 +14,32 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-Probe = Callable[[str], float]
+from holdfast.joint.geometry import Gradient
+from holdfast.joint.interleave import AdaptiveInterleave, Interleave, optimal_ratio
+from holdfast.joint.turn import Probe, Turn
 
+if TYPE_CHECKING:  # torch is slow to import and recipes are checked without it
+    from torch import Tensor
 
-@dataclass(frozen=True)
-class Turn:
-    """One decision: ``{objective: weight}`` for one optimiser step.
-
-    A turn without weights means that the schedule has nothing left to do and ends the run.
-    """
-
-    weights: dict[str, float]
+__all__ = [
+    "AdaptiveInterleave",
+    "Alright",
+    "Interleave",
+    "Maxright",
+    "Mix",
+    "Probe",
+    "Schedule",
+    "Sequential",
+    "Stage",
+    "Turn",
+    "Watching",
+    "check_weights",
+    "optimal_ratio",
+]
 
 
 class Schedule(Protocol):
@@ -50,6 +62,24 @@ class Schedule(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Watching(Protocol):
+    """What a schedule has as well, if it chooses by the geometry of gradients."""
+
+    @property
+    def estimates(self) -> dict[str, float]:
+        """What it knows, for the record."""
+        ...
+
+    def watch(self, gradients: Mapping[str, Gradient], parameters: Sequence[Tensor]) -> None:
+        """Look at the mean gradients of a turn, at the parameters where they were taken.
+
+        Called before they are combined and before the step. Their buffers are used again
+        afterwards: what is kept must be copied. They may not be finite.
+        """
+        ...
 
 
 def check_weights(weights: Mapping[str, float]) -> dict[str, float]:
@@ -101,48 +131,6 @@ class Mix:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pass
-
-
-class Interleave:
-    """A fixed cycle: so many steps of one objective, then so many of the next, and over again.
-
-    ``{"imitation": 1, "reward": 5}`` is the 1:m interleave of IN-RIL (Gao et al.).
-
-    Parameters
-    ----------
-    counts : mapping of str to int
-        Steps of each objective in a cycle, in order; at least 1 each.
-    """
-
-    gaps: dict[str, float] = {}
-
-    def __init__(self, counts: Mapping[str, int]) -> None:
-        if not counts:
-            raise ValueError("counts is empty: name at least one objective")
-        for name, count in counts.items():
-            if count < 1:
-                raise ValueError(f"counts[{name!r}] is {count}: it must be at least 1")
-        self.counts = dict(counts)
-        self.step = 0
-
-    @property
-    def objectives(self) -> tuple[str, ...]:
-        return tuple(self.counts)
-
-    def next(self, probe: Probe) -> Turn:
-        cycle = [name for name, count in self.counts.items() for _ in range(count)]
-        chosen = cycle[self.step % len(cycle)]
-        self.step += 1
-        return Turn({chosen: 1.0})
-
-    def observe(self, name: str, loss: float) -> None:
-        pass
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.step = int(state["step"])
 
 
 class Alright:

@@ -32,10 +32,11 @@ from holdfast.joint.checkpoint import (
     unpack_optimizer,
 )
 from holdfast.joint.combine import Combiner, WeightedSum
+from holdfast.joint.geometry import Geometry
 from holdfast.joint.guards import ClipNorm
 from holdfast.joint.objective import LossTerms, Objective, Row, Summary
 from holdfast.joint.record import Recorder, peak_memory_bytes
-from holdfast.joint.schedules import Schedule
+from holdfast.joint.schedules import Schedule, Watching
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,11 @@ class TrainerOptions:
     max_steps : int
         Optimiser steps of the whole run.
     learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon : float
-        AdamW. Biases and norms (tensors of fewer than two dimensions) are not decayed.
+        AdamW. Biases and norms (tensors of fewer than two dimensions) are not decayed. Parameters
+        that got no gradient in a step keep their values and moments.
+    learning_rates : mapping of str to float
+        Other learning rates by parameter name or its beginning, up to a dot: ``{"residual": 1e-3}``
+        for a module of that name. The longest one that fits wins.
     lr_scheduler_type, warmup_steps
         As in ``transformers.get_scheduler``.
     max_grad_norm : float, optional
@@ -65,6 +70,7 @@ class TrainerOptions:
 
     max_steps: int
     learning_rate: float = 1e-4
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
@@ -118,7 +124,8 @@ class Trainer:
     Raises
     ------
     ValueError
-        If the schedule names an objective that is absent, or nothing is trainable.
+        If the schedule names an objective that is absent, nothing is trainable, or a learning rate
+        fits no parameter.
     """
 
     def __init__(
@@ -157,7 +164,8 @@ class Trainer:
         self._named = [(n, p) for n, p in policy.named_parameters() if p.requires_grad]
         if not self._named:
             raise ValueError("policy has no parameter that requires a gradient")
-        self._optimizer_plain = _adamw(self._named, options)
+        check_learning_rates(policy, options)
+        self._optimizer_plain, self._rated = _adamw(self._named, options)
         self._lr = get_scheduler(
             options.lr_scheduler_type,
             self._optimizer_plain,
@@ -239,7 +247,10 @@ class Trainer:
             objective = self.objectives[name]
             batches[name] = objective.source.next()
             gradients[name], summaries[name] = self._gradient(objective, batches[name])
-        gradient = self.combiner(gradients, turn.weights)
+        if isinstance(self.schedule, Watching):
+            self.schedule.watch(gradients, self._parameters)
+        geometry = Geometry.of(gradients) if len(gradients) > 1 else None
+        gradient = self.combiner(gradients, turn.weights, geometry)
         verdict = self.guard(gradient)
         refused = verdict.refused
         for name, summary in summaries.items():
@@ -255,7 +266,7 @@ class Trainer:
                 if seen is not None:
                     self.schedule.observe(name, seen)
         self._optimizer.zero_grad(set_to_none=True)
-        learning_rate = self._lr.get_last_lr()[0]
+        rates = dict(zip(self._rated, self._lr.get_last_lr(), strict=True))
         with warnings.catch_warnings():
             # torch takes a rate that moves before the first update for a mistake; after a refused
             # step it is none.
@@ -272,16 +283,30 @@ class Trainer:
                     for name, weight in turn.weights.items()
                 },
                 gaps=self.schedule.gaps,
-                learning_rate=learning_rate,
+                learning_rate=rates.get(None, next(iter(rates.values()))),
                 grad_norm=verdict.grad_norm,
                 clipped_grad_norm=verdict.clipped_norm,
                 seconds=self._progress.seconds,
+                **self._details(geometry, rates),
             )
             text = "  ".join(f"{name} {summary.loss:.4f}" for name, summary in summaries.items())
             self.recorder.progress(self.step, self.options.max_steps, text)
         if refused is not None:
             self._refuse(refused, batches)
         return True
+
+    def _details(
+        self, geometry: Geometry | None, rates: Mapping[str | None, float]
+    ) -> dict[str, Any]:
+        """What only some steps, schedules or options have to record."""
+        details: dict[str, Any] = {}
+        if geometry is not None:
+            details["geometry"] = {**geometry.as_record(), **self.combiner.used}
+        if isinstance(self.schedule, Watching):
+            details["estimates"] = self.schedule.estimates
+        if self.options.learning_rates:
+            details["learning_rates"] = {n: rate for n, rate in rates.items() if n is not None}
+        return details
 
     def _gradient(
         self, objective: Objective, rows: Sequence[Row]
@@ -422,16 +447,19 @@ class Trainer:
             sources, rows = separate(
                 {name: objective.source.state_dict() for name, objective in self.objectives.items()}
             )
+            schedule, watched = separate(self.schedule.state_dict())
             state = {
                 "fingerprint": self.fingerprint,
                 "progress": vars(progress),
                 "optimizer": packed,
                 "lr_scheduler": self._lr.state_dict(),
-                "schedule": self.schedule.state_dict(),
+                "schedule": schedule,
+                "combiner": self.combiner.state_dict(),
                 "sources": sources,
             }
             policy = {**dict(self._named), **_persistent_buffers(self.policy)}
-            groups = {"policy": policy, "optimizer": tensors} | ({"sources": rows} if rows else {})
+            groups = {"policy": policy, "optimizer": tensors}
+            groups |= {n: t for n, t in (("sources", rows), ("schedule", watched)) if t}
             self.checkpoints.save(Checkpoint(self.step, groups, state))
             if self.recorder is not None:
                 self.recorder.describe(
@@ -484,7 +512,9 @@ class Trainer:
                 tensor.copy_(saved[name])
         unpack_optimizer(self._optimizer_plain, checkpoint.tensors["optimizer"], state["optimizer"])
         self._lr.load_state_dict(state["lr_scheduler"])
-        self.schedule.load_state_dict(state["schedule"])
+        watched = checkpoint.tensors.get("schedule", {})
+        self.schedule.load_state_dict(reunite(state["schedule"], watched))
+        self.combiner.load_state_dict(state.get("combiner", {}))
         sources = reunite(state["sources"], checkpoint.tensors.get("sources", {}))
         for name, source_state in sources.items():
             self.objectives[name].source.load_state_dict(source_state)
@@ -544,20 +574,54 @@ class _Signals:
 
 def _adamw(
     named: Sequence[tuple[str, nn.Parameter]], options: TrainerOptions
-) -> torch.optim.Optimizer:
-    matrices = [parameter for _, parameter in named if parameter.ndim >= 2]
-    vectors = [parameter for _, parameter in named if parameter.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": options.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+) -> tuple[torch.optim.Optimizer, list[str | None]]:
+    """The optimiser, and for each of its groups the entry of ``learning_rates`` that it follows."""
+    groups: dict[tuple[str | None, bool], list[nn.Parameter]] = {}
+    for matrices in (True, False):
+        for name, parameter in named:
+            if (parameter.ndim >= 2) == matrices:
+                entry = _entry(name, options.learning_rates)
+                groups.setdefault((entry, matrices), []).append(parameter)
+    listed = [
+        {
+            "params": parameters,
+            "weight_decay": options.weight_decay if matrices else 0.0,
+            "lr": options.learning_rate if entry is None else options.learning_rates[entry],
+        }
+        for (entry, matrices), parameters in groups.items()
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=options.learning_rate,
+    optimizer = torch.optim.AdamW(
+        listed,
         betas=(options.adam_beta1, options.adam_beta2),
         eps=options.adam_epsilon,
         fused=True,
     )
+    return optimizer, [entry for entry, _ in groups]
+
+
+def check_learning_rates(policy: nn.Module, options: TrainerOptions) -> None:
+    """Refuse a learning rate of its own that no parameter would have.
+
+    Raises
+    ------
+    ValueError
+        Naming what the policy's trainable parameters begin with.
+    """
+    names = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    # One that fits, but is everywhere outdone by longer ones, does nothing either.
+    unused = set(options.learning_rates) - {_entry(name, options.learning_rates) for name in names}
+    for entry in sorted(unused):
+        known = ", ".join(sorted({name.partition(".")[0] for name in names}))
+        raise ValueError(
+            f"learning_rates[{entry!r}] decides the rate of no trainable parameter; their names "
+            f"begin with {known}"
+        )
+
+
+def _entry(name: str, rates: Mapping[str, float]) -> str | None:
+    """The longest entry that a parameter's name equals or goes on from after a dot."""
+    fitting = [entry for entry in rates if name == entry or name.startswith(f"{entry}.")]
+    return max(fitting, key=len, default=None)
 
 
 def _cut(rows: Sequence[Row], size: int | None) -> list[Sequence[Row]]:

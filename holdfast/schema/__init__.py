@@ -3,6 +3,7 @@
 A recipe is validated whole, and without importing torch, before anything is loaded.
 """
 
+from holdfast.schema.combiner import CombinerSpec
 from holdfast.schema.objectives import DataSpec, DpoSpec, NllSpec, ObjectiveSpec
 from holdfast.schema.on_policy import (
     CispoSpec,
@@ -28,6 +29,7 @@ from holdfast.schema.on_policy import (
 from holdfast.schema.policies import LanguagePolicySpec, LoraSpec, TokenizerSpec
 from holdfast.schema.recipe import AnyObjective, AnySchedule, Recipe, TrainingSpec, kinds, names_of
 from holdfast.schema.schedules import (
+    AdaptiveInterleaveSpec,
     AlrightSpec,
     InterleaveSpec,
     MaxrightSpec,
@@ -38,11 +40,13 @@ from holdfast.schema.schedules import (
 )
 
 __all__ = [
+    "AdaptiveInterleaveSpec",
     "AlrightSpec",
     "AnyObjective",
     "AnySchedule",
     "CispoSpec",
     "ClippedSpec",
+    "CombinerSpec",
     "DapoSpec",
     "DataSpec",
     "DpoSpec",

@@ -11,6 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from holdfast.errors import nearest
 from holdfast.schema.base import Spec
+from holdfast.schema.combiner import CombinerSpec
 from holdfast.schema.objectives import DpoSpec, NllSpec
 from holdfast.schema.on_policy import (
     CispoSpec,
@@ -28,6 +29,7 @@ from holdfast.schema.on_policy import (
 )
 from holdfast.schema.policies import LanguagePolicySpec
 from holdfast.schema.schedules import (
+    AdaptiveInterleaveSpec,
     AlrightSpec,
     InterleaveSpec,
     MaxrightSpec,
@@ -41,6 +43,9 @@ class TrainingSpec(Spec):
 
     max_steps: int = Field(ge=1)
     learning_rate: float = Field(1e-4, gt=0)
+    learning_rates: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        {}, description="other rates by module or parameter name; the longest that fits wins"
+    )
     lr_scheduler_type: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt"
     ] = "constant"
@@ -91,7 +96,7 @@ AnyObjective = Annotated[
     Field(discriminator="kind"),
 ]
 AnySchedule = Annotated[
-    SequentialSpec | MixSpec | InterleaveSpec | AlrightSpec | MaxrightSpec,
+    SequentialSpec | MixSpec | InterleaveSpec | AdaptiveInterleaveSpec | AlrightSpec | MaxrightSpec,
     Field(discriminator="kind"),
 ]
 
@@ -117,6 +122,9 @@ class Recipe(Spec):
         Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")], AnyObjective
     ] = Field(min_length=1)
     schedule: AnySchedule
+    combiner: CombinerSpec | None = Field(
+        None, description="of steps that update several objectives; default: their weighted sum"
+    )
     training: TrainingSpec
     output: str | None = Field(None, description="the run directory; default: runs/NAME")
 
@@ -134,6 +142,18 @@ class Recipe(Spec):
                         "known": ", ".join(self.objectives),
                     },
                 )
+        priority = self.combiner.priority if self.combiner else None
+        if priority is not None and priority not in self.schedule.objectives:
+            raise PydanticCustomError(
+                "absent_priority",
+                "names '{name}', which is not an objective of the schedule{near} Its: {known}",
+                {
+                    "where": "combiner.priority",
+                    "name": priority,
+                    "near": nearest(priority, self.schedule.objectives),
+                    "known": ", ".join(self.schedule.objectives),
+                },
+            )
         for name, objective in self.objectives.items():
             needs_probe = isinstance(self.schedule, MaxrightSpec) or (
                 isinstance(self.schedule, SequentialSpec)
@@ -177,4 +197,8 @@ class Recipe(Spec):
         for entry in ("name", "description", "output"):
             values.pop(entry)
         values["training"].pop("report_to")
+        # What is not set changes no number: runs from before these entries existed go on.
+        for part, entry in ((values, "combiner"), (values["training"], "learning_rates")):
+            if not part[entry]:
+                part.pop(entry)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

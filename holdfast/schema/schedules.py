@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from holdfast.joint.schedules import Stage, check_weights
+from holdfast.joint.interleave import turns_per_unit
+from holdfast.joint.schedules import AdaptiveInterleave, Interleave, Stage, check_weights
 from holdfast.schema.base import Spec
 
 
@@ -50,27 +51,82 @@ class MaxrightSpec(WeightedSpec):
     smoothing: float = Field(0.0, ge=0, lt=1, description="of the losses behind the gaps")
 
 
-class InterleaveSpec(Spec):
+class PairSpec(Spec):
+    """What interleaves of two objectives have in common."""
+
+    combine: bool = Field(False, description="hold second in the turn of first as well")
+    every: Literal["update", "iteration"] = Field("update", description="what the ratio counts")
+    updates_per_iteration: int | None = Field(
+        None, ge=1, description="of second; with every iteration"
+    )
+
+    @model_validator(mode="after")
+    def _unit(self) -> Self:
+        turns_per_unit(self.every, self.updates_per_iteration)
+        return self
+
+
+class InterleaveSpec(PairSpec):
     """So many steps of one objective, then so many of the next, over and over (1:m)."""
 
     kind: Literal["interleave"] = "interleave"
-    counts: dict[str, int] = Field(min_length=1, description="steps of each objective in a cycle")
+    counts: dict[str, int] | None = Field(
+        None, min_length=1, description="steps of each objective in a cycle"
+    )
+    first: str | None = Field(None, description="in place of counts: one step of it, …")
+    second: str | None = Field(None, description="… then ratio steps of this one")
+    ratio: int | None = Field(None, ge=1)
 
-    @field_validator("counts")
-    @classmethod
-    def _counts(cls, value: dict[str, int]) -> dict[str, int]:
-        for name, count in value.items():
-            if count < 1:
-                raise ValueError(f"{name} is {count}: it must be at least 1")
-        return value
+    @model_validator(mode="after")
+    def _one_form(self) -> InterleaveSpec:
+        pair = [value is not None for value in (self.first, self.second, self.ratio)]
+        if any(pair) if self.counts is not None else not all(pair):
+            raise ValueError("interleave takes either counts, or first, second and ratio")
+        self.schedule()
+        return self
+
+    def schedule(self) -> Interleave:
+        options = self.model_dump(exclude={"kind", "counts", "first"})
+        return Interleave(self.counts or str(self.first), **options)
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        return tuple(self.counts)
+        return self.schedule().objectives
 
     def where(self, objective: str) -> str:
         """The entry that names an objective."""
-        return f"counts.{objective}"
+        if self.counts is not None:
+            return f"counts.{objective}"
+        return "first" if objective == self.first else "second"
+
+
+class AdaptiveInterleaveSpec(PairSpec):
+    """One step of one objective, then m of another; m follows from the geometry of gradients."""
+
+    kind: Literal["adaptive_interleave"] = "adaptive_interleave"
+    first: str
+    second: str
+    form: Literal["root", "balance"] = "balance"
+    maximum: float = Field(15.0, ge=1, description="largest m")
+    smoothing: float = Field(0.9, ge=0, lt=1, description="of what m is computed from")
+    c_il: float = Field(1.0, gt=0, description="step size of first in units of 1 / smoothness")
+    c_rl: float = Field(1.0, gt=0, lt=2, description="the same of second")
+
+    @model_validator(mode="after")
+    def _two(self) -> AdaptiveInterleaveSpec:
+        self.schedule()
+        return self
+
+    def schedule(self) -> AdaptiveInterleave:
+        return AdaptiveInterleave(**self.model_dump(exclude={"kind"}))
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return (self.first, self.second)
+
+    def where(self, objective: str) -> str:
+        """The entry that names an objective."""
+        return "first" if objective == self.first else "second"
 
 
 class StageSpec(Spec):

@@ -1,0 +1,247 @@
+"""Geometry of gradients: inner products in one turn, and running estimates over many.
+
+Source of what is estimated: Gao et al., "IN-RIL: Interleaved Reinforcement and Imitation Learning
+for Policy Fine-Tuning", the quantities behind the ratio m(t).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:  # torch is slow to import and recipes are checked without it
+    from torch import Tensor
+
+Gradient: TypeAlias = "Sequence[Tensor | None]"
+"""One tensor per trainable parameter, in the optimiser's order; ``None`` where there is none."""
+
+
+def inner_products(pairs: Sequence[tuple[Gradient, Gradient]]) -> list[float]:
+    """Euclidean inner product of each pair; ``None`` counts as zeros.
+
+    Nothing is flattened into one vector, and all products leave the device in one transfer.
+    """
+    import torch
+
+    parts: list[Tensor] = []
+    sizes: list[int] = []
+    for one, other in pairs:
+        both = [(x, y) for x, y in zip(one, other, strict=True) if x is not None and y is not None]
+        parts += [torch.dot(_vector(x), _vector(y)) for x, y in both]
+        sizes.append(len(both))
+    values = iter(torch.stack(parts).tolist() if parts else [])
+    return [sum(islice(values, size)) for size in sizes]
+
+
+def cosine(product: float, norm: float, other: float) -> float:
+    """Cosine of two vectors from their inner product and norms; NaN where one is zero."""
+    if not (norm > 0 and other > 0):
+        return math.nan
+    return max(-1.0, min(1.0, product / norm / other))
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Inner products of the mean gradients of one turn, before they are combined.
+
+    Attributes
+    ----------
+    names : tuple of str
+        The objectives of the turn, in its order.
+    gram : tuple of tuple of float, ``(objectives, objectives)``
+        ``gram[i][j]`` is the inner product of gradients ``i`` and ``j``.
+    """
+
+    names: tuple[str, ...]
+    gram: tuple[tuple[float, ...], ...]
+
+    @classmethod
+    def of(cls, gradients: Mapping[str, Gradient]) -> Geometry:
+        """Measure the gradients of a turn."""
+        names = tuple(gradients)
+        upper = [(i, j) for i in range(len(names)) for j in range(i, len(names))]
+        products = inner_products([(gradients[names[i]], gradients[names[j]]) for i, j in upper])
+        known = dict(zip(upper, products, strict=True))
+        size = range(len(names))
+        return cls(names, tuple(tuple(known[min(i, j), max(i, j)] for j in size) for i in size))
+
+    @property
+    def norms(self) -> dict[str, float]:
+        """Euclidean norm of each gradient."""
+        return {name: math.sqrt(self.gram[i][i]) for i, name in enumerate(self.names)}
+
+    @property
+    def cosines(self) -> dict[str, float]:
+        """Cosine of each pair ``"first/second"``; NaN where a gradient is zero."""
+        norms = self.norms
+        return {
+            f"{one}/{other}": cosine(self.gram[i][j], norms[one], norms[other])
+            for i, one in enumerate(self.names)
+            for j, other in enumerate(self.names)
+            if i < j
+        }
+
+    def as_record(self) -> dict[str, Any]:
+        return {"norms": self.norms, "cosines": self.cosines}
+
+
+def smoothed(old: float | None, new: float, smoothing: float) -> float:
+    """Exponential average that keeps the share ``smoothing`` of the old value, if there is one."""
+    return new if old is None else smoothing * old + (1.0 - smoothing) * new
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """An objective's latest gradient and where it was taken. Its tensors are never written to."""
+
+    gradient: list[Tensor]
+    parameters: list[Tensor]
+
+
+class PairEstimates:
+    """Running averages of the geometry of two objectives' gradients.
+
+    Each gradient of an objective is compared with the one of the same objective before it,
+    ``Δg = g - g'`` taken ``Δθ`` apart:
+
+    - ``norm``: ``‖g‖``;
+    - ``smoothness``: the secant ``‖Δg‖ / ‖Δθ‖``, over parameters that have a gradient. Noise is
+      part of ``Δg``, so this is too large rather than too small;
+    - ``variance``: ``½ ‖Δg‖²``, the successive-difference estimate of ``σ²/N``, the variance of the
+      gradient of a whole batch. What the gradient truly changed by is part of it, so this too errs
+      on the large side. It needs no gradient of single micro-batches;
+    - ``cosine`` of the two objectives' gradients: at the same parameters in a turn that holds both,
+      otherwise of the new gradient and the other's latest.
+
+    Costs two copies of the trainable parameters per objective.
+
+    Parameters
+    ----------
+    names : tuple of two str
+        The objectives. Others are ignored.
+    smoothing : float
+        Share of the previous value that the exponential averages keep, in [0, 1).
+
+    Raises
+    ------
+    ValueError
+        If ``smoothing`` is out of range.
+    """
+
+    def __init__(self, names: tuple[str, str], smoothing: float) -> None:
+        if not 0.0 <= smoothing < 1.0:
+            raise ValueError(f"smoothing is {smoothing}: it must lie in [0, 1)")
+        self.names = names
+        self.smoothing = smoothing
+        self.averages: dict[str, float] = {}
+        """``"cosine"``, and ``"norm/NAME"``, ``"smoothness/NAME"``, ``"variance/NAME"``."""
+        self._latest: dict[str, _Sample] = {}
+
+    def update(self, gradients: Mapping[str, Gradient], parameters: Sequence[Tensor]) -> None:
+        """Take in the mean gradients of a turn at ``parameters``.
+
+        A turn in which a gradient is not finite is ignored: it must not decide those that follow.
+        """
+        present = [name for name in self.names if name in gradients]
+        squares = inner_products([(gradients[name], gradients[name]) for name in present])
+        if not all(map(math.isfinite, squares)):
+            return
+        norms = {name: math.sqrt(square) for name, square in zip(present, squares, strict=True)}
+        self._compare_objectives(gradients, norms)
+        for name, norm in norms.items():
+            self._average(f"norm/{name}", norm)
+            self._compare_with_before(name, gradients[name], parameters)
+        for name in present:
+            self._latest[name] = _sample(gradients[name], parameters)
+
+    def _compare_objectives(
+        self, gradients: Mapping[str, Gradient], norms: Mapping[str, float]
+    ) -> None:
+        pair: list[Gradient] = []
+        for name in self.names:
+            if name in norms:
+                pair.append(gradients[name])
+            elif name in self._latest:
+                pair.append(self._on(name, gradients[next(iter(norms))]).gradient)
+        if norms and len(pair) == 2:
+            one, other = pair
+            product, square, other_square = inner_products(
+                [(one, other), (one, one), (other, other)]
+            )
+            value = cosine(product, math.sqrt(square), math.sqrt(other_square))
+            if not math.isnan(value):
+                self._average("cosine", value)
+
+    def _compare_with_before(
+        self, name: str, gradient: Gradient, parameters: Sequence[Tensor]
+    ) -> None:
+        if name not in self._latest:
+            return
+        before = self._on(name, gradient)
+        change = _difference(gradient, before.gradient, gradient)
+        moved = _difference(parameters, before.parameters, gradient)
+        change_square, moved_square = inner_products([(change, change), (moved, moved)])
+        self._average(f"variance/{name}", change_square / 2)
+        if moved_square > 0:
+            self._average(f"smoothness/{name}", math.sqrt(change_square / moved_square))
+
+    def _on(self, name: str, like: Gradient) -> _Sample:
+        """The latest sample of an objective, on the device of ``like``.
+
+        A checkpoint is read on the CPU.
+        """
+        device = next((part.device for part in like if part is not None), None)
+        sample = self._latest[name]
+        if device is not None and sample.gradient[0].device != device:
+            sample = _Sample(
+                [part.to(device) for part in sample.gradient],
+                [part.to(device) for part in sample.parameters],
+            )
+            self._latest[name] = sample
+        return sample
+
+    def _average(self, key: str, value: float) -> None:
+        if math.isfinite(value):
+            self.averages[key] = smoothed(self.averages.get(key), value, self.smoothing)
+
+    def state_dict(self) -> dict[str, Any]:
+        latest = {name: vars(sample) for name, sample in self._latest.items()}
+        return {"averages": dict(self.averages), "latest": latest}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.averages = {key: float(value) for key, value in state["averages"].items()}
+        self._latest = {
+            name: _Sample(list(sample["gradient"]), list(sample["parameters"]))
+            for name, sample in state["latest"].items()
+        }
+
+
+def _vector(tensor: Tensor) -> Tensor:
+    import torch
+
+    # A product in half precision would be rounded to three digits.
+    wide = tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+    return wide.detach().reshape(-1)
+
+
+def _sample(gradient: Gradient, parameters: Sequence[Tensor]) -> _Sample:
+    import torch
+
+    return _Sample(
+        [
+            torch.zeros_like(parameter) if part is None else part.detach().clone()
+            for part, parameter in zip(gradient, parameters, strict=True)
+        ],
+        [parameter.detach().clone() for parameter in parameters],
+    )
+
+
+def _difference(one: Gradient, other: Sequence[Tensor], mask: Gradient) -> list[Tensor | None]:
+    """``one - other`` where ``mask`` has a gradient."""
+    return [
+        None if part is None or x is None else x.detach() - y
+        for x, y, part in zip(one, other, mask, strict=True)
+    ]

@@ -1,0 +1,372 @@
+"""Interleaving: a turn of one objective, then m turns of another, over and over; m fixed or found.
+
+Source: Gao et al., "IN-RIL: Interleaved Reinforcement and Imitation Learning for Policy
+Fine-Tuning". There the first objective is imitation (IL), the second reinforcement (RL).
+
+What the paper says of the ratio, and what its formulas do, are not the same. Its text lets m grow
+when the two gradients oppose each other (ρ = −cos rises). The balance of the two objectives'
+progress does that. The form printed for practice, with ρ in the denominator under a root, does the
+opposite: it falls to 1 as the gradients oppose each other, and ends at its bound as soon as they
+agree (ρ ≤ 0). It also subtracts quantities of unlike units, so that it is not free of the
+parametrisation. Both are here, so that they can be compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from holdfast.joint.geometry import Gradient, PairEstimates
+from holdfast.joint.turn import Probe, Turn
+
+if TYPE_CHECKING:  # torch is slow to import and recipes are checked without it
+    from torch import Tensor
+
+Form = Literal["root", "balance"]
+Every = Literal["update", "iteration"]
+
+
+def optimal_ratio(
+    norm_rl: float,
+    norm_il: float,
+    rho: float,
+    *,
+    variance_term: float,
+    form: Form = "root",
+    maximum: float,
+    c_il: float = 1.0,
+    c_rl: float = 1.0,
+    smoothness_il: float = 1.0,
+    smoothness_rl: float = 1.0,
+) -> float:
+    r"""How many RL updates should follow one imitation update.
+
+    ``root``, the practical form as printed, takes no constants of its own:
+
+    .. math:: m = \max\{1, \sqrt{g_{RL}^2 / (ρ g_{IL} g_{RL} - v)}\},
+              \quad v = \frac{c_{IL} L_{RL} σ_{IL}^2}{2 L_{IL}^2 N_{IL}}
+
+    ``balance``, from the derivation above it:
+
+    .. math:: m = \frac{c_{IL}/L_{IL} · ρ g_{IL} g_{RL} + v}
+                       {c_{RL}(1 - c_{RL}/2)/L_{RL} · g_{RL}^2},
+              \quad v = \frac{L_{RL} c_{IL}^2 σ_{IL}^2}{2 L_{IL}^2 N_{IL}}
+
+    With ρ > 0, as the gradients come to oppose each other more, ``root`` falls and ``balance``
+    rises; the paper's text says that m rises.
+
+    Parameters
+    ----------
+    norm_rl, norm_il : float
+        Norms ``g`` of the two mean gradients, finite and at least 0.
+    rho : float
+        Minus their cosine, in [-1, 1]: positive where they oppose each other.
+    variance_term : float
+        ``v`` of the chosen form, at least 0; may be infinite. The two differ in the power of
+        ``c_il``.
+    form : "root" or "balance"
+    maximum : float
+        Upper bound of the result, at least 1.
+    c_il, c_rl : float
+        Step sizes in units of ``1 / L``: above 0, and ``c_rl`` below 2. Only in ``balance``.
+    smoothness_il, smoothness_rl : float
+        Smoothness constants ``L``, above 0. Only in ``balance``.
+
+    Returns
+    -------
+    float
+        In [1, maximum]; ``maximum`` where the denominator is not positive or not finite.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of range.
+    """
+    for name, value in (("norm_rl", norm_rl), ("norm_il", norm_il)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} is {value}: it must be finite and not negative")
+    if not -1.0 - 1e-6 <= rho <= 1.0 + 1e-6:
+        raise ValueError(f"rho is {rho}: it must lie in [-1, 1]")
+    if not variance_term >= 0:
+        raise ValueError(f"variance_term is {variance_term}: it must not be negative")
+    if not maximum >= 1:
+        raise ValueError(f"maximum is {maximum}: it must be at least 1")
+    for name, value in (
+        ("c_il", c_il),
+        ("c_rl", c_rl),
+        ("smoothness_il", smoothness_il),
+        ("smoothness_rl", smoothness_rl),
+    ):
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} is {value}: it must be finite and positive")
+    if not c_rl < 2:
+        raise ValueError(f"c_rl is {c_rl}: it must be below 2")
+    opposed = rho * norm_il * norm_rl
+    if form == "root":
+        above, below = norm_rl**2, opposed - variance_term
+    elif form == "balance":
+        above = c_il / smoothness_il * opposed + variance_term
+        below = c_rl * (1.0 - c_rl / 2.0) / smoothness_rl * norm_rl**2
+    else:
+        raise ValueError(f"form is {form!r}: it must be root or balance")
+    if not (below > 0 and math.isfinite(below)):
+        return float(maximum)
+    ratio = above / below
+    if form == "root":
+        ratio = math.sqrt(ratio)
+    return float(min(maximum, max(1.0, ratio)))
+
+
+class Interleave:
+    """A fixed cycle: one turn of ``first``, then ``ratio`` turns of ``second``, and over again.
+
+    ``Interleave("imitation", "reward", 5)`` is the 1:m interleave of IN-RIL.
+    ``Interleave({"a": 2, "b": 3, "c": 1})`` is any other cycle: so many turns of each, in order.
+
+    Parameters
+    ----------
+    first : str, or mapping of str to int
+        The objective that a cycle begins with; or all objectives with their turns, at least 1 each.
+    second : str
+        The objective of the other turns.
+    ratio : int or inf
+        m, at least 1. ``math.inf``: ``second`` alone.
+    combine : bool
+        Whether the turn of ``first`` holds ``second`` as well, each with weight 1, for a combiner.
+    every : "update" or "iteration"
+        What m counts: turns, or iterations of the second objective of ``updates_per_iteration``
+        turns each.
+    updates_per_iteration : int, optional
+        At least 1; given if ``every`` is ``"iteration"``, and only then.
+
+    Raises
+    ------
+    ValueError
+        For a range as above, or if both forms are mixed.
+    """
+
+    gaps: dict[str, float] = {}
+
+    def __init__(
+        self,
+        first: str | Mapping[str, int],
+        second: str | None = None,
+        ratio: float | None = None,
+        *,
+        combine: bool = False,
+        every: Every = "update",
+        updates_per_iteration: int | None = None,
+    ) -> None:
+        self.cycle: list[tuple[dict[str, float], int]]
+        if isinstance(first, str):
+            if second is None or ratio is None:
+                raise ValueError("second and ratio are needed beside the name of the first")
+            check_ratio(ratio)
+            unit = turns_per_unit(every, updates_per_iteration)
+            together = _together(first, second, combine)
+            self.cycle = [({second: 1.0}, 1)]
+            if ratio != math.inf:
+                self.cycle = [(together, 1), ({second: 1.0}, int(ratio) * unit)]
+        else:
+            beside = (second, ratio, updates_per_iteration)
+            if combine or every != "update" or any(value is not None for value in beside):
+                raise ValueError("counts say how many turns each objective has: nothing else fits")
+            self.cycle = [({name: 1.0}, count) for name, count in check_counts(first).items()]
+        self.step = 0
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for weights, _ in self.cycle for name in weights))
+
+    def next(self, probe: Probe) -> Turn:
+        left = self.step % sum(count for _, count in self.cycle)
+        self.step += 1
+        stretches = iter(self.cycle)
+        weights, count = next(stretches)
+        while left >= count:
+            left -= count
+            weights, count = next(stretches)
+        return Turn(dict(weights))
+
+    def observe(self, name: str, loss: float) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.step = int(state["step"])
+
+
+class AdaptiveInterleave:
+    """One turn of ``first``, then m(t) of ``second``, with m(t) from the geometry of gradients.
+
+    At the start of each cycle :func:`optimal_ratio` is taken of running averages, since the cosine
+    of a single pair of batches is mostly noise; see :class:`~holdfast.joint.geometry.PairEstimates`
+    for what is averaged. m is 1 until two gradients of each objective have been seen.
+
+    Parameters
+    ----------
+    first, second : str
+        Imitation, and what it is interleaved into.
+    form : "root" or "balance"
+        Of the ratio. Only ``balance`` does what the paper's text says.
+    maximum : float
+        Largest m, finite and at least 1.
+    smoothing : float
+        Share of the previous value that the averages keep, in [0, 1).
+    c_il, c_rl : float
+        As in :func:`optimal_ratio`.
+    combine, every, updates_per_iteration
+        As in :class:`Interleave`. The number of turns is m times the turns of an iteration, rounded
+        to a whole number.
+
+    Raises
+    ------
+    ValueError
+        For a range as above.
+    """
+
+    gaps: dict[str, float] = {}
+
+    def __init__(
+        self,
+        first: str,
+        second: str,
+        *,
+        form: Form = "balance",
+        maximum: float = 15.0,
+        smoothing: float = 0.9,
+        c_il: float = 1.0,
+        c_rl: float = 1.0,
+        combine: bool = False,
+        every: Every = "update",
+        updates_per_iteration: int | None = None,
+    ) -> None:
+        if not math.isfinite(maximum):
+            raise ValueError(f"maximum is {maximum}: it must be finite")
+        # What it is made of is checked now, not at the first turn that needs it.
+        optimal_ratio(
+            1.0, 1.0, 0.0, variance_term=0.0, form=form, maximum=maximum, c_il=c_il, c_rl=c_rl
+        )
+        self.first, self.second = first, second
+        self.form, self.maximum = form, maximum
+        self.c_il, self.c_rl = c_il, c_rl
+        self.together = _together(first, second, combine)
+        self.unit = turns_per_unit(every, updates_per_iteration)
+        self.averages = PairEstimates((first, second), smoothing)
+        self.ratio = 1.0
+        """m of the current cycle."""
+        self.left = 0
+        """Turns of ``second`` until the next cycle."""
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return (self.first, self.second)
+
+    @property
+    def estimates(self) -> dict[str, float]:
+        """m of the current cycle, and the running averages as they stand."""
+        return {"ratio": self.ratio, **self.averages.averages}
+
+    def next(self, probe: Probe) -> Turn:
+        if self.left > 0:
+            self.left -= 1
+            return Turn({self.second: 1.0})
+        self.ratio = self._ratio()
+        self.left = max(1, round(self.ratio * self.unit))
+        return Turn(dict(self.together))
+
+    def _ratio(self) -> float:
+        known = self.averages.averages
+        l_il = known.get(f"smoothness/{self.first}", 0.0)
+        l_rl = known.get(f"smoothness/{self.second}", 0.0)
+        if "cosine" not in known or not (l_il > 0 and l_rl > 0):
+            return 1.0
+        c = self.c_il if self.form == "root" else self.c_il**2
+        return optimal_ratio(
+            known[f"norm/{self.second}"],
+            known[f"norm/{self.first}"],
+            -known["cosine"],
+            variance_term=c * l_rl * known[f"variance/{self.first}"] / (2.0 * l_il**2),
+            form=self.form,
+            maximum=self.maximum,
+            c_il=self.c_il,
+            c_rl=self.c_rl,
+            smoothness_il=l_il,
+            smoothness_rl=l_rl,
+        )
+
+    def observe(self, name: str, loss: float) -> None:
+        pass
+
+    def watch(self, gradients: Mapping[str, Gradient], parameters: Sequence[Tensor]) -> None:
+        self.averages.update(gradients, parameters)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ratio": self.ratio, "left": self.left, "averages": self.averages.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.ratio = float(state["ratio"])
+        self.left = int(state["left"])
+        self.averages.load_state_dict(state["averages"])
+
+
+def check_counts(counts: Mapping[str, int]) -> dict[str, int]:
+    """Turns of each objective in a cycle, as a plain dict.
+
+    Raises
+    ------
+    ValueError
+        If there are none, or one is below 1.
+    """
+    if not counts:
+        raise ValueError("counts is empty: name at least one objective")
+    for name, count in counts.items():
+        if count < 1:
+            raise ValueError(f"counts[{name!r}] is {count}: it must be at least 1")
+    return dict(counts)
+
+
+def check_ratio(ratio: float) -> None:
+    """Refuse a ratio that is neither a whole number of at least 1 nor infinite.
+
+    Raises
+    ------
+    ValueError
+    """
+    if not (ratio >= 1 and (ratio == math.inf or ratio == int(ratio))):
+        raise ValueError(f"ratio is {ratio}: it must be a whole number of at least 1, or inf")
+
+
+def turns_per_unit(every: Every, updates_per_iteration: int | None) -> int:
+    """Turns in one unit of m.
+
+    Raises
+    ------
+    ValueError
+        If ``every`` is not known, or ``updates_per_iteration`` is absent, out of place or below 1.
+    """
+    if every not in ("update", "iteration"):
+        raise ValueError(f"every is {every!r}: it must be update or iteration")
+    if every == "update":
+        if updates_per_iteration is not None:
+            raise ValueError(
+                f"updates_per_iteration is {updates_per_iteration}, but every is update, which "
+                "does not use it"
+            )
+        return 1
+    if updates_per_iteration is None or updates_per_iteration < 1:
+        raise ValueError(
+            f"updates_per_iteration is {updates_per_iteration}: with every iteration it must be "
+            "at least 1"
+        )
+    return updates_per_iteration
+
+
+def _together(first: str, second: str, combine: bool) -> dict[str, float]:
+    """The turn that a cycle begins with."""
+    if first == second:
+        raise ValueError(f"first and second are both {first!r}: two objectives are needed")
+    return {first: 1.0, second: 1.0} if combine else {first: 1.0}
