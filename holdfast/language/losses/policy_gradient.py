@@ -16,20 +16,13 @@ aggregation:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from holdfast.joint import LossTerms
+from holdfast.joint.likelihood_ratio import clipped_surrogate, exponential, kl_k3
 from holdfast.language.losses.aggregation import Aggregation, aggregate, average
-
-MAX_LOG_RATIO = 20.0
-"""Beyond it the exponential of a log-ratio is continued by its tangent.
-
-It is then a ratio of 4.9e8, at which nothing is learnt any more, but its gradient still points the
-right way and neither overflows nor turns into NaN where it is multiplied by 0.
-"""
 
 
 def reinforce(
@@ -123,8 +116,8 @@ def ppo_clip(
     low, high = _bounds(epsilon, epsilon_high)
     if delta is not None and not high < delta < math.inf:
         raise ValueError(f"delta is {delta}: it must be finite and above 1 + epsilon_high = {high}")
-    ratio = _exponential(torch.exp, logps - old_logps)
-    losses = _clipped(ratio if delta is None else ratio.clamp(max=delta), gains, low, high)
+    ratio = exponential(logps - old_logps)
+    losses = clipped_surrogate(ratio if delta is None else ratio.clamp(max=delta), gains, low, high)
     total, count = aggregate(losses, mask, aggregation, length)
     metrics = {
         **_clip_shares(ratio, gains, low, high, mask, "token-mean"),
@@ -174,8 +167,8 @@ def gspo(
     log_ratio = (logps - old_logps).detach().sum(-1, keepdim=True)
     mean_log_ratio = log_ratio / mask.sum(-1, keepdim=True).clamp(min=1)
     own = logps - logps.detach()  # 0, with the gradient of the token
-    ratio = _exponential(torch.exp, mean_log_ratio + own)
-    total, count = aggregate(_clipped(ratio, gains, low, high), mask, aggregation, length)
+    ratio = exponential(mean_log_ratio + own)
+    total, count = aggregate(clipped_surrogate(ratio, gains, low, high), mask, aggregation, length)
     metrics = {
         **_clip_shares(ratio, gains, low, high, mask, "sequence-mean"),
         "ratio": _mean(ratio, mask, "sequence-mean"),
@@ -226,7 +219,7 @@ def cispo(
     _positive("epsilon_high", epsilon_high)
     if epsilon_low is not None and not 0 < epsilon_low < epsilon_high:
         raise ValueError(f"epsilon_low is {epsilon_low}: it must lie in (0, {epsilon_high})")
-    ratio = _exponential(torch.exp, logps - old_logps).detach()
+    ratio = exponential(logps - old_logps).detach()
     weights = ratio.clamp(min=epsilon_low, max=epsilon_high)
     total, count = aggregate(-weights * gains * logps, mask, aggregation, length)
     metrics = {
@@ -279,7 +272,7 @@ def pmd(
     losses = squares / tokens.clamp(min=1)
     total, count = aggregate(losses[:, None], mask.any(-1, keepdim=True))
     metrics = {
-        "ratio": _mean(_exponential(torch.exp, new - old), mask),
+        "ratio": _mean(exponential(new - old), mask),
         **_off_policy(new, old, gains, mask),
     }
     return LossTerms(total, count, metrics)
@@ -322,7 +315,7 @@ def dro(
     losses = 0.5 * beta * (new - old).square() - gains * new
     total, count = aggregate(losses, mask, aggregation, length)
     metrics = {
-        "ratio": _mean(_exponential(torch.exp, new - old), mask),
+        "ratio": _mean(exponential(new - old), mask),
         **_off_policy(new, old, gains, mask),
     }
     return LossTerms(total, count, metrics)
@@ -373,50 +366,6 @@ def value_loss(
     free, clipped = (values - returns).square(), (near - returns).square()
     total, count = aggregate(0.5 * torch.maximum(free, clipped), mask)
     return LossTerms(total, count, {"val/clipfrac_avg": average(clipped > free, mask)})
-
-
-def kl_k3(logps: Tensor, reference_logps: Tensor) -> Tensor:
-    """Estimate of ``KL(policy || reference)`` from a sampled token, never negative.
-
-    ``exp(d) - d - 1`` with ``d = log pi_ref - log pi`` (Schulman, "Approximating KL Divergence",
-    estimator k3), unbiased where the policy drew the token. Beyond ``d =`` :data:`MAX_LOG_RATIO`
-    it grows along its tangent, so it cannot overflow.
-
-    Parameters
-    ----------
-    logps, reference_logps : Tensor
-        ``(...)``: log-probabilities of the token under both, in nats.
-
-    Returns
-    -------
-    Tensor
-        ``(...)``, in nats, at least float32; differentiable in both.
-
-    Raises
-    ------
-    ValueError
-        For shapes that differ.
-    """
-    if logps.shape != reference_logps.shape:
-        raise ValueError(
-            f"logps has shape {tuple(logps.shape)} and reference_logps "
-            f"{tuple(reference_logps.shape)}: they must be the same"
-        )
-    difference = _wide(reference_logps) - _wide(logps)
-    return _exponential(torch.expm1, difference) - difference
-
-
-# Shared maths -------------------------------------------------------------------------------------
-
-
-def _exponential(function: Callable[[Tensor], Tensor], log_ratio: Tensor) -> Tensor:
-    """``exp`` or ``expm1``, continued by its tangent beyond :data:`MAX_LOG_RATIO`."""
-    excess = torch.relu(log_ratio - MAX_LOG_RATIO)
-    return function(log_ratio.clamp(max=MAX_LOG_RATIO)) + math.exp(MAX_LOG_RATIO) * excess
-
-
-def _clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    return -torch.minimum(ratio * advantages, ratio.clamp(low, high) * advantages)
 
 
 # Metrics: (2,), a sum and its count, so that they mean the same under every aggregation -----------
