@@ -104,10 +104,10 @@ def optimal_ratio(
         raise ValueError(f"c_rl is {c_rl}: it must be below 2")
     opposed = rho * norm_il * norm_rl
     if form == "root":
-        above, below = norm_rl**2, opposed - variance_term
+        above, below = norm_rl * norm_rl, opposed - variance_term
     elif form == "balance":
         above = c_il / smoothness_il * opposed + variance_term
-        below = c_rl * (1.0 - c_rl / 2.0) / smoothness_rl * norm_rl**2
+        below = c_rl * (1.0 - c_rl / 2.0) / smoothness_rl * norm_rl * norm_rl
     else:
         raise ValueError(f"form is {form!r}: it must be root or balance")
     if not (below > 0 and math.isfinite(below)):

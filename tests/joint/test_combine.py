@@ -12,7 +12,6 @@ from torchjd import aggregation
 from holdfast.errors import RecipeError
 from holdfast.joint import Surgery, WeightedSum
 from holdfast.joint.combine import METHODS, combine
-from holdfast.joint.geometry import Geometry
 
 OF_TWO = ("upgrad", "dualproj", "pcgrad", "mgda", "pcd", "sum", "mean")
 ORACLES = {
@@ -262,33 +261,3 @@ def test_an_absent_torchjd_is_named_with_the_extra_that_brings_it(monkeypatch):
     monkeypatch.setattr("holdfast.joint.combine.methods.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"cagrad.*pip install holdfast\[surgery\]"):
         Surgery("cagrad")
-
-
-def test_geometry_is_that_of_the_flattened_gradients():
-    matrix = random_gradients(4, rows=3)
-    names = ("a", "b", "c")
-    geometry = Geometry.of({name: split(row) for name, row in zip(names, matrix, strict=True)})
-    torch.testing.assert_close(torch.tensor(geometry.gram, dtype=torch.float64), matrix @ matrix.T)
-    assert geometry.norms == pytest.approx(
-        dict(zip(names, matrix.norm(dim=1).tolist(), strict=True))
-    )
-    cosine = torch.nn.functional.cosine_similarity
-    assert geometry.cosines == pytest.approx(
-        {
-            f"{x}/{y}": float(cosine(matrix[i], matrix[j], dim=0))
-            for i, x in enumerate(names)
-            for j, y in enumerate(names)
-            if i < j
-        }
-    )
-
-
-def test_inner_products_of_half_precision_are_not_rounded_to_it():
-    one = torch.full((4096,), 1.0, dtype=torch.bfloat16)
-    other = one.clone()
-    other[0] = -8.0
-    assert Geometry.of({"a": [one], "b": [other]}).gram[0][1] == 4087.0
-
-
-def test_the_cosine_with_a_zero_gradient_is_not_a_number():
-    assert math.isnan(Geometry.of({"a": [torch.zeros(2)], "b": [None]}).cosines["a/b"])

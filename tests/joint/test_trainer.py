@@ -10,13 +10,26 @@ import torch
 from helpers.linear import Linear, objective, squared_error
 
 from holdfast.errors import RunError, TrainingError
-from holdfast.joint import Alright, LossTerms, Maxright, Mix, Sequential, Stage
+from holdfast.joint import (
+    AdaptiveInterleave,
+    Alright,
+    Interleave,
+    LossTerms,
+    Maxright,
+    Mix,
+    Sequential,
+    Stage,
+    Surgery,
+)
 from holdfast.joint.checkpoint import Checkpoints
+from holdfast.joint.combine import combine
 from holdfast.joint.record import Recorder
 from holdfast.joint.trainer import Trainer, TrainerOptions
 
 
-def trainer(schedule, *, policy=None, objectives=None, folder=None, micro=None, **options):
+def trainer(
+    schedule, *, policy=None, objectives=None, folder=None, micro=None, combiner=None, **options
+):
     defaults = {"max_steps": 10, "learning_rate": 0.05, "eval_steps": 5, "save_steps": 5}
     recorder = None
     if folder is not None:
@@ -27,6 +40,7 @@ def trainer(schedule, *, policy=None, objectives=None, folder=None, micro=None, 
         objectives or {n: objective(n, s, micro=micro) for n, s in (("a", 1), ("b", 2))},
         schedule,
         TrainerOptions(**defaults | options),
+        combiner=combiner,
         recorder=recorder,
         checkpoints=Checkpoints(folder / "checkpoints") if folder else None,
     )
@@ -196,6 +210,8 @@ SCHEDULES = {
     "maxright": lambda: Maxright({"a": 0.5, "b": 0.5}, {"a": 0.0, "b": 0.0}, 4, smoothing=0.5),
     "mix": lambda: Mix({"a": 0.5, "b": 0.5}),
     "sequential": lambda: Sequential([("a", 9), ("b", 30)]),
+    "interleave": lambda: Interleave("a", "b", 3, combine=True),
+    "adaptive": lambda: AdaptiveInterleave("a", "b", maximum=4, combine=True),
 }
 
 
@@ -203,15 +219,22 @@ SCHEDULES = {
 @pytest.mark.parametrize("stop", [5, 11, 18])
 def test_a_resumed_run_is_the_same_run_bit_for_bit(tmp_path, name, stop):
     options = {"max_steps": 20, "lr_scheduler_type": "cosine", "warmup_steps": 3}
-    whole = trainer(SCHEDULES[name](), folder=tmp_path / "whole", **options)
+    options["learning_rates"] = {"bias": 0.01}
+
+    def built(folder):
+        # Of the combiners it is the one that remembers something.
+        combiner = Surgery("pcd", "match")
+        return trainer(SCHEDULES[name](), folder=tmp_path / folder, combiner=combiner, **options)
+
+    whole = built("whole")
     whole.train()
 
-    first = trainer(SCHEDULES[name](), folder=tmp_path / "cut", **options)
+    first = built("cut")
     first._evaluate_once()
     while first.step < stop:
         first._advance()
     # The process dies here: what came after the last checkpoint, at step 5, 10 or 15, is lost.
-    second = trainer(SCHEDULES[name](), folder=tmp_path / "cut", **options)
+    second = built("cut")
     assert second.resume() == stop - stop % 5
     second.train()
 
@@ -392,3 +415,152 @@ def test_evaluation_and_gaps_may_be_of_something_else_than_the_training_loss(tmp
     schedule.observe("a", 1.0)
     built.train_step()
     assert schedule.gaps == {"a": 0.5, "b": 1.0}
+
+
+def test_surgery_is_on_whole_mean_gradients_and_its_geometry_is_recorded(
+    tmp_path,
+):
+    combiner = Surgery("upgrad", "match")
+    built = trainer(
+        Interleave("a", "b", 2, combine=True),
+        folder=tmp_path,
+        combiner=combiner,
+        micro=3,
+        max_grad_norm=None,
+    )
+    seen = []
+    built._optimizer_plain.register_step_pre_hook(
+        lambda *_: seen.append(torch.cat([p.grad.flatten() for p in built._parameters]))
+    )
+    sources = {"a": objective("a", 1).source, "b": objective("b", 2).source}
+    for step in range(6):
+        names = "b" if step % 3 else "ab"
+        flat = torch.stack(
+            [
+                torch.cat([g.flatten() for g in mean_gradient(built.policy, sources[n].next())])
+                for n in names
+            ]
+        )
+        built.train_step()
+        line = lines(tmp_path, "train")[-1]
+        if step % 3:
+            torch.testing.assert_close(seen[-1], flat[0])
+            assert "geometry" not in line
+            continue
+        norms = flat.norm(dim=1)
+        scale = norms[1] / norms[0]
+        expected = combine(torch.stack([scale * flat[0], flat[1]]), "upgrad")
+        torch.testing.assert_close(seen[-1], expected)
+        geometry = line["geometry"]
+        assert geometry["norms"] == pytest.approx({"a": norms[0].item(), "b": norms[1].item()})
+        cosine = torch.nn.functional.cosine_similarity(flat[0], flat[1], dim=0).item()
+        assert geometry["cosines"] == pytest.approx({"a/b": cosine})
+        assert geometry["scale"] == pytest.approx(scale.item())
+
+
+def test_an_adaptive_schedule_is_told_the_geometry_and_what_it_knows_is_recorded(tmp_path):
+    schedule = AdaptiveInterleave("a", "b", smoothing=0.0)
+    built = trainer(schedule, folder=tmp_path)
+    thetas, gradients = [], []
+    source = objective("a", 1).source
+    for step in range(3):
+        if step != 1:  # m is 1 as yet: turns of a, b and a
+            rows = source.next()
+            thetas.append(torch.cat([p.detach().flatten() for p in built._parameters]))
+            parts = mean_gradient(built.policy, rows)
+            gradients.append(torch.cat([part.flatten() for part in parts]))
+        built.train_step()
+    found = lines(tmp_path, "train")[-1]["estimates"]
+    change = (gradients[1] - gradients[0]).norm().item()
+    assert found["norm/a"] == pytest.approx(gradients[1].norm().item())
+    assert found["variance/a"] == pytest.approx(change**2 / 2)
+    assert found["smoothness/a"] == pytest.approx(change / (thetas[1] - thetas[0]).norm().item())
+    assert found["ratio"] == 1.0
+
+
+class TwoNetworks(torch.nn.Module):
+    """A base and a residual; each objective's loss reaches one of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.base, self.residual = Linear(seed=1), Linear(seed=2)
+
+
+def reaching(name):
+    def loss(policy, rows):
+        return squared_error(getattr(policy, name), rows)
+
+    return loss
+
+
+def state_of(built, name):
+    """Values and optimiser state of one of the networks."""
+    module = getattr(built.policy, name)
+    state = built._optimizer_plain.state
+    moments = [state[p].get(key) for p in module.parameters() for key in ("exp_avg", "exp_avg_sq")]
+    steps = [state[p].get("step") for p in module.parameters()]
+    values = [*(p.detach() for p in module.parameters()), *moments, *steps]
+    return [None if value is None else value.clone() for value in values]
+
+
+@pytest.mark.parametrize("first", ["base", "residual"])
+def test_no_gradient_moment_or_decay_crosses_between_separate_networks(first):
+    """Each network moves as if the other's turns were not there."""
+    names = ["base", "residual"] if first == "base" else ["residual", "base"]
+    options = {"weight_decay": 0.5, "max_grad_norm": None, "max_steps": 12}
+
+    def build(schedule):
+        objectives = {n: objective(n, i) for i, n in enumerate(("base", "residual"), 1)}
+        for name, each in objectives.items():
+            each.loss = reaching(name)
+        return trainer(schedule, policy=TwoNetworks(), objectives=objectives, **options)
+
+    both = build(Interleave(*names, 2))
+    for step in range(9):
+        moving = names[0] if step % 3 == 0 else names[1]
+        still = next(n for n in names if n != moving)
+        before = state_of(both, still)
+        both.train_step()
+        for old, new in zip(before, state_of(both, still), strict=True):
+            assert old is new is None or torch.equal(old, new)
+    for name, steps in zip(names, (3, 6), strict=True):
+        alone = build(Mix({name: 1.0}))
+        for _ in range(steps):
+            alone.train_step()
+        for one, other in zip(state_of(alone, name), state_of(both, name), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_learning_rates_follow_the_longest_fitting_name_and_the_shared_schedule(tmp_path):
+    """One AdamW step without decay moves every element by its learning rate, up to epsilon."""
+    objectives = {"a": objective("a", 1)}
+    objectives["a"].loss = lambda policy, rows: LossTerms(
+        sum(p.sum() for p in policy.parameters()), torch.tensor(1)
+    )
+    built = trainer(
+        Mix({"a": 1.0}),
+        policy=TwoNetworks(),
+        objectives=objectives,
+        folder=tmp_path,
+        max_grad_norm=None,
+        learning_rate=0.25,
+        learning_rates={"base": 0.5, "base.bias": 0.125},
+        lr_scheduler_type="linear",
+        max_steps=2,
+    )
+    rates = {"base.weight": 0.5, "base.bias": 0.125, "residual.weight": 0.25, "residual.bias": 0.25}
+    for share in (1.0, 0.5):
+        before = {name: p.detach().clone() for name, p in built._named}
+        built.train_step()
+        for name, parameter in built._named:
+            moved = before[name] - parameter.detach()
+            torch.testing.assert_close(moved, torch.full_like(moved, share * rates[name]))
+        line = lines(tmp_path, "train")[-1]
+        assert line["learning_rate"] == 0.25 * share
+        assert line["learning_rates"] == {"base": 0.5 * share, "base.bias": 0.125 * share}
+
+
+@pytest.mark.parametrize("rates", [{"bas": 1.0}, {"": 1.0}, {"base": 1.0, "base.norm": 1.0}])
+def test_a_learning_rate_that_fits_no_parameter_is_refused(rates):
+    with pytest.raises(ValueError, match=r"learning_rates\[.*begin with base, residual"):
+        trainer(Mix({"a": 1.0}), policy=TwoNetworks(), learning_rates=rates)
