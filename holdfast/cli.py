@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from holdfast import __version__
-from holdfast.errors import HoldfastError
+from holdfast.errors import DataError, HoldfastError
 from holdfast.recipe import SHIPPED, load_recipe, shipped_recipes
 
 app = typer.Typer(
@@ -159,6 +159,137 @@ def list_() -> None:
         for spec in known:
             kinds.add_row(part, ", ".join(schema.names_of(spec)), spec.__doc__)
     console.print(kinds)
+
+
+demos = typer.Typer(
+    name="demos",
+    help="Record demonstrations for a control policy, and look at them.",
+    no_args_is_help=True,
+)
+app.add_typer(demos)
+
+
+@demos.command(
+    "record",
+    epilog="Examples:  holdfast demos record metaworld/peg-insert-side demos/peg.npz   |   "
+    "holdfast demos record Hopper-v5 demos/hopper.npz --controller mine.py:act --keep-failures",
+)
+def demos_record(
+    environment: Annotated[
+        str,
+        typer.Argument(
+            metavar="ENVIRONMENT",
+            help="holdfast/point-mass, metaworld/<task>, robosuite/<task>, or a Gymnasium id.",
+        ),
+    ],
+    output: Annotated[Path, typer.Argument(metavar="FILE", help="A .npz or .hdf5 file to write.")],
+    controller: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.py:NAME",
+            help="A function of your own; by default the task's scripted expert.",
+        ),
+    ] = None,
+    episodes: Annotated[int, typer.Option(min=1, help="Episodes to keep.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the episodes.")] = 0,
+    noise: Annotated[
+        float, typer.Option(min=0.0, help="Deviation of Gaussian noise on executed actions.")
+    ] = 0.0,
+    intended: Annotated[
+        bool, typer.Option(help="Store the intended action in place of the noisy one.")
+    ] = False,
+    keep_failures: Annotated[
+        bool, typer.Option(help="Keep episodes without success as well.")
+    ] = False,
+    attempts: Annotated[
+        int | None, typer.Option(min=1, help="Episodes to try; by default ten times --episodes.")
+    ] = None,
+    sparse: Annotated[
+        bool | None,
+        typer.Option(
+            "--sparse/--dense",
+            help="End episodes at success, with reward 1; by default if an expert is recorded.",
+        ),
+    ] = None,
+    time_limit: Annotated[
+        int | None, typer.Option(min=1, help="Steps of an episode; by default the task's own.")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Environments side by side.")] = 8,
+    overwrite: Annotated[bool, typer.Option(help="Replace a file that is already there.")] = False,
+) -> None:
+    """Record episodes of a scripted expert, or of a controller of your own."""
+    if output.exists() and not overwrite:
+        raise DataError(f"{output} is already there: name another file, or add --overwrite")
+
+    from holdfast.control import demonstrations as recorded
+    from holdfast.control.environments import (
+        EnvironmentOptions,
+        make_environments,
+        scripted_expert,
+    )
+
+    act = recorded.load_controller(controller) if controller else scripted_expert(environment)
+    options = EnvironmentOptions(
+        sparse=controller is None if sparse is None else sparse, time_limit=time_limit
+    )
+    environments = make_environments(environment, min(count, episodes), options=options)
+    found = recorded.record(
+        act,
+        environments,
+        episodes,
+        seed=seed,
+        noise=noise,
+        intended=intended,
+        keep_failures=keep_failures,
+        attempts=attempts,
+    )
+    recorded.write_demonstrations(found, output)
+    _say(
+        f"demonstrations: {output}: {len(found)} episodes, {found.steps} steps, "
+        f"of {found.details['attempts']} attempts"
+    )
+
+
+@demos.command(
+    "inspect", epilog="Example:  holdfast demos inspect demos/peg.npz --sheet demos/peg.png"
+)
+def demos_inspect(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="A .npz or .hdf5 file, or a folder in Minari or LeRobot v3 form."
+        ),
+    ],
+    sheet: Annotated[
+        Path | None, typer.Option(help="Also write a contact sheet, such as sheet.png.")
+    ] = None,
+    environment: Annotated[
+        str | None, typer.Option(help="Check the demonstrations against this environment.")
+    ] = None,
+) -> None:
+    """Summarise demonstrations: episodes, success, returns and ranges."""
+    from dataclasses import replace
+
+    from holdfast.control import demonstrations as recorded
+
+    found = recorded.read_demonstrations(file)
+    if environment is None:
+        recorded.validate(found, allow_cut=True)
+    else:
+        from holdfast.control.environments import make_environments
+
+        recorded.validate(found, make_environments(environment, 1))
+        found = replace(found, environment=environment)
+    console.print(recorded.summary_tables(found))
+    if environment is not None:
+        _say(f"the demonstrations fit {environment}")
+    if sheet is not None:
+        from holdfast.control.watching import contact_sheet, replay, save_picture
+
+        films = [replay(found, number) for number in range(min(len(found), 6))]
+        save_picture(contact_sheet(films), sheet)
+        drawn = {film.drawn for film in films if film.drawn}
+        _say(f"contact sheet: {sheet}" + "".join(f" (paths only: {why})" for why in drawn))
 
 
 def _finish(run: Path) -> None:

@@ -122,9 +122,7 @@ def evaluate(
         lengths[which] = step.episode_lengths[step.ended]
         success[which] = step.success[step.ended]
         observations, begun = step.observations, step.ended & environments.running
-    return Evaluation(
-        seeds, returns, lengths, success if environments.reports_success else None
-    )
+    return Evaluation(seeds, returns, lengths, success if environments.reports_success else None)
 
 
 def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Interval:

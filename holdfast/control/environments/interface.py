@@ -260,8 +260,8 @@ class VectorEnvironment(ABC):
     def load_state_dict(self, state: Mapping[str, Any]) -> Floats:
         """Continue from ``state``; returns the observations ``(count, history, size)`` there."""
 
-    def close(self) -> None:
-        """Free what the simulator holds."""
+    def close(self) -> None:  # noqa: B027
+        """Free what the simulator holds, if anything."""
 
     @abstractmethod
     def _begin(self) -> Floats:

@@ -81,12 +81,14 @@ def _make(task: Any, options: EnvironmentOptions, limit: int) -> Any:
         """Draws the goal from the seed that ``reset`` is given."""
 
         def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
-            self.env.seed(seed)  # type: ignore[attr-defined]
+            self.env.seed(seed)
             return self.env.reset()
 
     if options.render:
         prepare_rendering()
-    env = task(render_mode="rgb_array" if options.render else None, **options.keywords)
+    # The size in pixels that it has by default takes a quarter of a second to draw.
+    size = {"width": 240, "height": 240} if options.render else {}
+    env = task(render_mode="rgb_array" if options.render else None, **{**size, **options.keywords})
     env._freeze_rand_vec = False
     env.seeded_rand_vec = True
     env._set_task_called = True

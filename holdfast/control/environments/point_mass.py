@@ -113,39 +113,24 @@ def point_mass_expert(observations: Floats) -> Floats:
     return (way / _distance(target, position)[:, None].clamp_min(1e-6)).numpy()[:, None]
 
 
-def draw_point_mass(
-    observation: Floats, path: NDArray[np.floating] | None = None
-) -> NDArray[np.uint8]:
-    """A picture of one environment.
-
-    Parameters
-    ----------
-    observation : ndarray
-        ``(6,)``.
-    path : ndarray, optional
-        ``(time, 2)``: positions to join by a line.
-    """
+def draw_point_mass(observation: Floats) -> NDArray[np.uint8]:
+    """A picture of an environment at ``observation`` ``(6,)``."""
     from PIL import Image, ImageDraw
 
     image = Image.new("RGB", (_PIXELS, _PIXELS), "white")
     pen = ImageDraw.Draw(image)
 
     def disc(centre: Any, radius: float, colour: str) -> None:
-        x, y = _pixel(centre)
+        x, y = (float(centre[0]) + 1) * _PIXELS / 2, (1 - float(centre[1])) * _PIXELS / 2
         r = radius * _PIXELS / 2
         pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
 
     for obstacle in OBSTACLES:
         disc(obstacle, RADIUS, "#b0b0b0")
     disc(observation[4:6], GOAL_RADIUS, "#59a14f")
-    if path is not None and len(path) > 1:
-        pen.line([_pixel(point) for point in path], fill="#4e79a7", width=2)
     disc(observation[:2], 0.05, "#e15759")
+    pen.rectangle((0, 0, _PIXELS - 1, _PIXELS - 1), outline="#d0d0d0")
     return np.asarray(image)
-
-
-def _pixel(point: Any) -> tuple[float, float]:
-    return (float(point[0]) + 1) * _PIXELS / 2, (1 - float(point[1])) * _PIXELS / 2
 
 
 def _distance(a: Tensor, b: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def _make(task: _Task, options: EnvironmentOptions) -> Any:
             success = bool(simulator._check_success())
             return self._flat(observation), float(reward), False, False, {"success": success}
 
-        def render(self) -> NDArray[np.uint8]:  # type: ignore[override]
+        def render(self) -> NDArray[np.uint8]:
             # MuJoCo's pictures come upside down.
             return simulator.sim.render(camera_name="agentview", width=240, height=240)[::-1]
 
