@@ -4,7 +4,9 @@ import pytest
 from accelerate import Accelerator
 from helpers.tiny import demonstrations, write_recipe, write_rows
 
-from holdfast.assemble import assemble
+from holdfast.assemble import alone, assemble, build_schedule, build_trainer
+from holdfast.errors import RecipeError
+from holdfast.joint import AdaptiveInterleave, Interleave, Surgery
 from holdfast.recipe import load_recipe
 
 
@@ -67,3 +69,48 @@ def test_optimum_keys_depend_on_everything_but_the_schedule(tmp_path):
     rows[0]["completion"] = " another"
     write_rows(tmp_path / "sft.jsonl", rows)
     assert assembled(recipe).keys["sft"] != keys["sft"]
+
+
+def built(recipe, tmp_path, *overrides):
+    loaded = load_recipe(str(recipe), overrides)
+    accelerator = Accelerator(cpu=True)
+    assembly = assemble(loaded, accelerator)
+    return build_trainer(loaded, assembly, {}, accelerator, folder=tmp_path, recorder=None)
+
+
+def test_interleaves_are_built_as_written(tmp_path):
+    recipe = str(write_recipe(tmp_path))
+    pair = "first: sft, second: dpo, combine: true, every: iteration, updates_per_iteration: 3"
+    override = f"schedule={{kind: interleave, ratio: 2, {pair}}}"
+    fixed = build_schedule(load_recipe(recipe, [override]), {})
+    assert isinstance(fixed, Interleave)
+    assert fixed.cycle == [({"sft": 1.0, "dpo": 1.0}, 1), ({"dpo": 1.0}, 6)]
+    override = f"schedule={{kind: adaptive_interleave, form: root, maximum: 7, {pair}}}"
+    adaptive = build_schedule(load_recipe(recipe, [override]), {})
+    assert isinstance(adaptive, AdaptiveInterleave)
+    assert (adaptive.form, adaptive.maximum, adaptive.unit) == ("root", 7.0, 3)
+
+
+def test_a_combiner_and_learning_rates_reach_the_trainer(tmp_path):
+    trainer = built(
+        write_recipe(tmp_path),
+        tmp_path,
+        "combiner={method: pcd, scale: match, priority: dpo}",
+        "training.learning_rates={model.model.layers: 0.25}",
+    )
+    combiner = trainer.combiner
+    assert isinstance(combiner, Surgery)
+    assert (combiner.method, combiner.scale, combiner.priority) == ("pcd", "match", "dpo")
+    rates = {group["lr"] for group in trainer._optimizer_plain.param_groups}
+    assert 0.25 in rates and 0.003 in rates
+    assert trainer.train_step()
+
+
+def test_a_learning_rate_without_a_parameter_is_an_error_of_the_recipe(tmp_path):
+    with pytest.raises(RecipeError, match=r"training.learning_rates\['residual'\].*begin with"):
+        built(write_recipe(tmp_path), tmp_path, "training.learning_rates={residual: 0.5}")
+
+
+def test_an_objective_alone_needs_no_combiner(tmp_path):
+    recipe = load_recipe(str(write_recipe(tmp_path)), ["combiner={method: pcd, priority: dpo}"])
+    assert alone(recipe, "sft").combiner is None

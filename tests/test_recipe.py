@@ -583,3 +583,65 @@ def test_a_warm_up_that_would_do_nothing_is_refused():
     values = recipe_values(training__warmup_steps=5)
     with pytest.raises(ValidationError, match="constant_with_warmup"):
         Recipe.model_validate(values)
+
+
+# Interleaves and combiners ------------------------------------------------------------------------
+
+
+def test_the_two_forms_of_an_interleave_are_the_same_schedule(tmp_path):
+    pair = {"kind": "interleave", "first": "sft", "second": "dpo", "ratio": 3}
+    counts = {"kind": "interleave", "counts": {"sft": 1, "dpo": 3}}
+    cycles = [parsed(tmp_path, schedule=spec).schedule.schedule().cycle for spec in (pair, counts)]
+    assert cycles[0] == cycles[1]
+
+
+PAIR = {"first": "sft", "second": "dpo"}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ({"kind": "interleave"}, "either counts, or first, second and ratio"),
+        ({"kind": "interleave", "first": "sft", "ratio": 2}, "either counts, or first"),
+        ({"kind": "interleave", "counts": {"sft": 1}, "ratio": 2}, "either counts, or first"),
+        ({"kind": "interleave", "counts": {"sft": 0}}, "must be at least 1"),
+        ({"kind": "interleave", "counts": {"sft": 1}, "combine": True}, "nothing else fits"),
+        ({"kind": "interleave", **PAIR, "ratio": 0}, "schedule.ratio"),
+        ({"kind": "interleave", **PAIR, "ratio": 2, "every": "iteration"}, "updates_per_iteration"),
+        ({"kind": "adaptive_interleave", "first": "sft"}, "schedule.second: is required"),
+        ({"kind": "adaptive_interleave", **PAIR, "form": "rot"}, "did you mean 'root'?"),
+        ({"kind": "adaptive_interleave", "first": "sft", "second": "sft"}, "both 'sft'"),
+        ({"kind": "adaptive_interleave", **PAIR, "maximum": 0.5}, "schedule.maximum"),
+        (
+            {"kind": "adaptive_interleave", "first": "sft", "second": "dop"},
+            "schedule.second: names objective 'dop', which is not defined; did you mean 'dpo'?",
+        ),
+    ],
+)
+def test_an_interleave_that_makes_no_sense_is_refused(schedule, message, tmp_path):
+    assert message in refusal(tmp_path, schedule=schedule)
+
+
+@pytest.mark.parametrize(
+    ("combiner", "message"),
+    [
+        ({"method": "upgrd"}, "combiner.method: 'upgrd' is not known; did you mean 'upgrad'?"),
+        ({"scale": "norm"}, "combiner.scale: scale is 'norm': it must be none, match or a"),
+        ({"scale": -1}, "combiner.scale: scale is -1: it must be none, match or a positive"),
+        ({"priority": "sft"}, "only method pcd has one"),
+        (
+            {"method": "pcd", "priority": "rl"},
+            "combiner.priority: names 'rl', which is not an objective of the schedule",
+        ),
+    ],
+)
+def test_a_combiner_that_makes_no_sense_is_refused_in_one_line(combiner, message, tmp_path):
+    found = refusal(tmp_path, combiner=combiner)
+    assert message in found and len(found.splitlines()) == 1
+
+
+def test_what_is_not_set_leaves_the_fingerprint_alone(tmp_path):
+    plain = parsed(tmp_path)
+    assert parsed(tmp_path, combiner=None).fingerprint() == plain.fingerprint()
+    assert parsed(tmp_path, training__learning_rates={}).fingerprint() == plain.fingerprint()
+    assert parsed(tmp_path, combiner={}).fingerprint() != plain.fingerprint()
