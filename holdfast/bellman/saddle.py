@@ -229,24 +229,6 @@ def gladius_of_values(
     return LossTerms(total, choices.count, {**choices.metrics, **bellman.metrics, **dual.metrics})
 
 
-def gladius_elements(
-    q_row: Tensor,
-    action: Tensor,
-    zeta: Tensor,
-    next_value: Tensor,
-    reward: Tensor,
-    anchor: Tensor,
-    discount: float,
-    weight: float,
-) -> Tensor:
-    """What :func:`gladius_of_values` sums, of each row, unchecked; ``reward`` finite."""
-    chosen = q_row.gather(-1, action[..., None])[..., 0]
-    bellman = saddle_elements(chosen, zeta.detach(), next_value, reward, discount)
-    likelihood = torch.logsumexp(q_row, -1) - chosen
-    dual = (next_value.detach() - zeta).square()
-    return likelihood + weight * bellman.masked_fill(~anchor, 0.0) + dual
-
-
 def choice_likelihood(q_row: Tensor, action: Tensor) -> LossTerms:
     """Negative log-likelihood of choices under ``softmax Q``, in nats, summed over rows.
 
