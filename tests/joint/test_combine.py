@@ -128,6 +128,15 @@ def test_a_zero_gradient_and_opposite_gradients_give_finite_results(method):
         assert combine(torch.tensor(matrix, dtype=torch.float64), method).isfinite().all()
 
 
+@pytest.mark.parametrize("method", OF_TWO)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_gradient_whose_square_vanishes_in_single_precision_does_no_harm(method, first):
+    rows = [[-1e-24, 1e-24], [1.0, 0.0]] if first else [[1.0, 0.0], [-1e-24, 1e-24]]
+    given_ = {name: [torch.tensor(row)] for name, row in zip("ab", rows, strict=True)}
+    (found,) = Surgery(method)(given_, {"a": 1.0, "b": 1.0})
+    assert found.isfinite().all() and found.norm() < 2.5
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_not_finite_is_not_hidden_from_the_guard(method):
     assert not combine(torch.tensor([[1.0, math.nan], [1.0, 2.0]]), method).isfinite().all()

@@ -93,8 +93,9 @@ def weights_of(method: str, gram: Gram) -> list[float]:
 
 def _upgrad(gram: Gram) -> list[float]:
     (a, d), (_, b) = gram
-    # Each is projected onto the plane normal to the other, if they conflict; then the mean.
-    return [0.5, 0.5] if d >= 0 else [0.5 * (1 - d / a), 0.5 * (1 - d / b)]
+    # Each is projected onto the plane normal to the other, if they conflict; then the mean. The
+    # square of a tiny gradient may be 0 though its product with a larger one is not.
+    return [0.5 * (1 - d / square) if d < 0 < square else 0.5 for square in (a, b)]
 
 
 def _dualproj(gram: Gram) -> list[float]:
