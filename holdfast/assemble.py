@@ -15,7 +15,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
+from holdfast.assemble_control import assemble_control
 from holdfast.assemble_on_policy import Models, check, on_policy_objective
+from holdfast.control.actor_critic import ActorCritic
 from holdfast.errors import DataError, RecipeError
 from holdfast.joint import Alright, Maxright, Mix, Objective, Schedule, Sequential
 from holdfast.joint.batches import Batches
@@ -40,6 +42,7 @@ from holdfast.language.tokenizers import build_tokenizer, train_bpe
 from holdfast.schema import (
     AdaptiveInterleaveSpec,
     AlrightSpec,
+    ControlSpec,
     DpoSpec,
     GkdSpec,
     InterleaveSpec,
@@ -72,7 +75,7 @@ class Assembly:
 
     Attributes
     ----------
-    policy : LanguagePolicy
+    policy : LanguagePolicy or ActorCritic
         On its device, before any update.
     objectives : dict of str to Objective
         With their rows; optima only where the recipe gives numbers.
@@ -82,7 +85,7 @@ class Assembly:
         Per objective, digest of the policy, the rows and all else that its optimum depends on.
     """
 
-    policy: LanguagePolicy
+    policy: LanguagePolicy | ActorCritic
     objectives: dict[str, Objective]
     fingerprint: str
     keys: dict[str, str]
@@ -113,6 +116,9 @@ def assemble(
     HoldfastError
         For a model or data that cannot be used.
     """
+    if isinstance(recipe.policy, ControlSpec):
+        built = assemble_control(recipe, accelerator, say)
+        return _assembled(recipe, built.policy, built.objectives, built.digests)
     for name, spec in recipe.objectives.items():
         if isinstance(spec, OnPolicySpec):
             check(name, spec, recipe.policy)
@@ -127,6 +133,7 @@ def assemble(
     objectives: dict[str, Objective] = {}
     digests: dict[str, str] = {}
     for name, spec in recipe.objectives.items():
+        assert isinstance(spec, ObjectiveSpec)
         if spec.batch_size < accelerator.num_processes:
             raise RecipeError(
                 f"objectives.{name}.batch_size is {spec.batch_size}, but there are "
@@ -171,6 +178,18 @@ def assemble(
             optimum=spec.optimum if isinstance(spec.optimum, float) else None,
             micro_batch_size=spec.micro_batch_size or spec.batch_size,
         )
+    return _assembled(recipe, policy, objectives, digests)
+
+
+def _assembled(
+    recipe: Recipe,
+    policy: LanguagePolicy | ActorCritic,
+    objectives: dict[str, Objective],
+    digests: dict[str, str],
+) -> Assembly:
+    if isinstance(policy, ActorCritic):
+        weights = policy.fingerprint()
+        digests = {name: _digest(weights, digest) for name, digest in digests.items()}
     everything = _digest(recipe.fingerprint(), *digests.values())
     keys = {name: _digest(alone(recipe, name).fingerprint(), digests[name]) for name in objectives}
     return Assembly(policy, objectives, everything, keys)

@@ -17,8 +17,12 @@ from holdfast.errors import RecipeError, nearest
 from holdfast.schema import (
     AnyObjective,
     AnySchedule,
+    CloningSpec,
+    LanguagePolicySpec,
+    ObjectiveSpec,
     OnPolicySpec,
     Recipe,
+    ResidualSpec,
     RewardedSpec,
     RewardSpec,
     kinds,
@@ -145,22 +149,16 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
         looks_local = name.startswith((".", "/", "~")) or Path(name).suffix in _DATA_SUFFIXES
         return str(beside.resolve()) if beside.exists() or looks_local else name
 
-    policy = recipe.policy
-    tokenizer = policy.tokenizer and policy.tokenizer.model_copy(
-        update={
-            "files": tuple(local(file) for file in policy.tokenizer.files),
-            "name_or_path": local(policy.tokenizer.name_or_path),
-        }
-    )
     objectives = {}
     for name, objective in recipe.objectives.items():
-        data = objective.data.model_copy(
-            update={
-                "path": local(objective.data.path),
-                "held_out_path": local(objective.data.held_out_path),
+        update: dict[str, Any] = {}
+        if isinstance(objective, ObjectiveSpec | CloningSpec):
+            files = {
+                entry: local(getattr(objective.data, entry))
+                for entry in ("path", "held_out_path")
+                if hasattr(objective.data, entry)
             }
-        )
-        update: dict[str, Any] = {"data": data}
+            update["data"] = objective.data.model_copy(update=files)
         for entry in ("reference", "teacher_model_name_or_path", "log_probability_model"):
             if hasattr(objective, entry):
                 update[entry] = local(getattr(objective, entry))
@@ -172,17 +170,24 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
         if isinstance(objective, OnPolicySpec):
             update["rewards"] = tuple(_reward(reward, local) for reward in objective.rewards)
         objectives[name] = objective.model_copy(update=update)
-    return recipe.model_copy(
-        update={
-            "policy": policy.model_copy(
-                update={
-                    "model_name_or_path": local(policy.model_name_or_path),
-                    "tokenizer": tokenizer,
-                }
-            ),
-            "objectives": objectives,
-        }
-    )
+    policy = _policy(recipe.policy, local)
+    return recipe.model_copy(update={"policy": policy, "objectives": objectives})
+
+
+def _policy(policy: Any, local: Callable[[str | None], str | None]) -> Any:
+    update: dict[str, Any] = {}
+    if hasattr(policy, "model_name_or_path"):
+        update["model_name_or_path"] = local(policy.model_name_or_path)
+    if isinstance(policy, ResidualSpec):
+        update["base"] = _policy(policy.base, local)
+    if isinstance(policy, LanguagePolicySpec) and policy.tokenizer is not None:
+        update["tokenizer"] = policy.tokenizer.model_copy(
+            update={
+                "files": tuple(local(file) for file in policy.tokenizer.files),
+                "name_or_path": local(policy.tokenizer.name_or_path),
+            }
+        )
+    return policy.model_copy(update=update)
 
 
 def _reward(reward: RewardSpec, local: Callable[[str | None], str | None]) -> RewardSpec:
@@ -194,7 +199,7 @@ def _reward(reward: RewardSpec, local: Callable[[str | None], str | None]) -> Re
     return reward.model_copy(update={"name": name or reward.name, "options": options})
 
 
-_DATA_SUFFIXES = (".jsonl", ".gz", ".parquet", ".csv", ".json", ".txt")
+_DATA_SUFFIXES = (".jsonl", ".gz", ".parquet", ".csv", ".json", ".txt", ".npz", ".hdf5", ".h5")
 
 
 def _lines(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -251,7 +256,7 @@ def _message(entry: Any, file: Path, lines: Mapping[str, int]) -> str:
     return f"{place}: {where}: {text}" if where else f"{place}: {text}"
 
 
-_TAGS = {"str", "tuple[str, ...]"} | {
+_TAGS = {"str", "tuple[str, ...]", "language", "gaussian", "diffusion", "residual", "saved"} | {
     name for spec in (*kinds(AnyObjective), *kinds(AnySchedule)) for name in names_of(spec)
 }
 

@@ -33,6 +33,7 @@ from holdfast.assemble import (
 )
 from holdfast.errors import HoldfastError, RecipeError, RunError
 from holdfast.joint.record import Recorder, machine, peak_memory_bytes, versions, write_json
+from holdfast.language.model import LanguagePolicy
 from holdfast.recipe import load_recipe
 from holdfast.schema import Recipe
 
@@ -122,10 +123,11 @@ def find_optima(recipe: Recipe, *, console: Console | None = None) -> dict[str, 
     _quieten_libraries()
     wanted = [name for name, spec in recipe.objectives.items() if spec.optimum in ("auto", None)]
     for name in wanted:
-        data = recipe.objectives[name].data
-        if not (data.held_out or data.held_out_path):
+        spec = recipe.objectives[name]
+        if not spec.has_held_out:
             raise RecipeError(
-                f"objectives.{name}.data.held_out is 0, but an optimum is found on held-out rows"
+                f"objectives.{name}.{spec.held_out_entry} is 0, but an optimum is found on "
+                "held-out rows"
             )
     accelerator = accelerator_for(recipe, cache_folder())
     assembly = assemble(recipe, accelerator, say=_say(console, accelerator))
@@ -388,7 +390,7 @@ def _start_trackers(recipe: Recipe, accelerator: Accelerator) -> Accelerator | N
 
 def _keep_tokenizer(assembly: Assembly, folder: Path) -> None:
     """Whole or not at all: a run that is killed meanwhile can still be resumed."""
-    if folder.is_dir():
+    if folder.is_dir() or not isinstance(assembly.policy, LanguagePolicy):
         return
     partial = folder.with_name("tokenizer.partial")
     shutil.rmtree(partial, ignore_errors=True)

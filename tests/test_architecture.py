@@ -20,7 +20,16 @@ MAY_IMPORT["joint"] = {"errors"}
 for domain in ("language", "control", "bellman", "report"):
     MAY_IMPORT[domain] = {"joint", "errors"}
 # From here on each may import all that stand before it.
-for part in ("schema", "recipe", "assemble_on_policy", "assemble", "run", "cli", "__main__"):
+for part in (
+    "schema",
+    "recipe",
+    "assemble_control",
+    "assemble_on_policy",
+    "assemble",
+    "run",
+    "cli",
+    "__main__",
+):
     MAY_IMPORT[part] = set(MAY_IMPORT) - {"__init__", "recipes"}
 # A report is read on machines that could not train: it reads JSON and draws.
 HEAVY = {"torch", "transformers", "peft", "accelerate", "datasets", "trl"}

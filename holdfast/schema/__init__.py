@@ -4,7 +4,19 @@ A recipe is validated whole, and without importing torch, before anything is loa
 """
 
 from holdfast.schema.combiner import CombinerSpec
-from holdfast.schema.objectives import DataSpec, DpoSpec, NllSpec, ObjectiveSpec
+from holdfast.schema.control import (
+    CloningSpec,
+    ControlPpoSpec,
+    ControlRlSpec,
+    ControlSpec,
+    DiffusionSpec,
+    DppoSpec,
+    EnvironmentSpec,
+    GaussianSpec,
+    ResidualSpec,
+    SavedSpec,
+)
+from holdfast.schema.objectives import DataSpec, DpoSpec, NllSpec, ObjectiveSpec, TrainedSpec
 from holdfast.schema.on_policy import (
     CispoSpec,
     ClippedSpec,
@@ -46,12 +58,20 @@ __all__ = [
     "AnySchedule",
     "CispoSpec",
     "ClippedSpec",
+    "CloningSpec",
     "CombinerSpec",
+    "ControlPpoSpec",
+    "ControlRlSpec",
+    "ControlSpec",
     "DapoSpec",
     "DataSpec",
+    "DiffusionSpec",
     "DpoSpec",
+    "DppoSpec",
+    "EnvironmentSpec",
     "DrGrpoSpec",
     "DroSpec",
+    "GaussianSpec",
     "GkdSpec",
     "GroupedSpec",
     "GrpoSpec",
@@ -72,11 +92,14 @@ __all__ = [
     "PreferenceAdvantage",
     "Recipe",
     "ReinforceSpec",
+    "ResidualSpec",
     "RewardSpec",
     "RewardedSpec",
+    "SavedSpec",
     "SequentialSpec",
     "StageSpec",
     "TokenizerSpec",
+    "TrainedSpec",
     "TrainingSpec",
     "WeightedSpec",
     "kinds",

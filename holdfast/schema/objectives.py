@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -27,10 +27,12 @@ class DataSpec(Spec):
     )
 
 
-class ObjectiveSpec(Spec):
-    """What every objective has."""
+class TrainedSpec(Spec):
+    """What every objective has, whatever it learns from."""
 
-    data: DataSpec
+    held_out_entry: ClassVar[str] = "data.held_out"
+    probe_entry: ClassVar[str] = "data.probe"
+
     batch_size: int = Field(8, ge=1, description="rows an optimiser step takes, over all processes")
     micro_batch_size: int | None = Field(None, ge=1, description="rows a forward pass takes")
     optimum: float | Literal["auto"] | None = Field(
@@ -52,6 +54,30 @@ class ObjectiveSpec(Spec):
                 f"{nearest(str(value), ['auto'])}"
             )
         return number
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there is something to evaluate it on."""
+        raise NotImplementedError
+
+    @property
+    def has_probe(self) -> bool:
+        """Whether there is something to evaluate a schedule's gap on."""
+        raise NotImplementedError
+
+
+class ObjectiveSpec(TrainedSpec):
+    """An objective on rows of text."""
+
+    data: DataSpec
+
+    @property
+    def has_held_out(self) -> bool:
+        return bool(self.data.held_out or self.data.held_out_path)
+
+    @property
+    def has_probe(self) -> bool:
+        return self.data.probe > 0
 
 
 class NllSpec(ObjectiveSpec):

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from holdfast.errors import nearest
 from holdfast.schema.base import Spec
 from holdfast.schema.combiner import CombinerSpec
+from holdfast.schema.control import (
+    CloningSpec,
+    ControlPpoSpec,
+    ControlRlSpec,
+    DiffusionSpec,
+    DppoSpec,
+    GaussianSpec,
+    ResidualSpec,
+    SavedSpec,
+)
 from holdfast.schema.objectives import DpoSpec, NllSpec
 from holdfast.schema.on_policy import (
     CispoSpec,
@@ -92,8 +103,27 @@ AnyObjective = Annotated[
     | PmdSpec
     | DroSpec
     | GkdSpec
-    | MinillmSpec,
+    | MinillmSpec
+    | CloningSpec
+    | ControlPpoSpec
+    | DppoSpec,
     Field(discriminator="kind"),
+]
+
+
+def _policy_kind(value: Any) -> str:
+    """Recipes of language models need not say what kind of policy they have."""
+    kind = value.get("kind", "language") if isinstance(value, Mapping) else value.kind
+    return str(kind)
+
+
+AnyPolicy = Annotated[
+    Annotated[LanguagePolicySpec, Tag("language")]
+    | Annotated[GaussianSpec, Tag("gaussian")]
+    | Annotated[DiffusionSpec, Tag("diffusion")]
+    | Annotated[ResidualSpec, Tag("residual")]
+    | Annotated[SavedSpec, Tag("saved")],
+    Discriminator(_policy_kind),
 ]
 AnySchedule = Annotated[
     SequentialSpec | MixSpec | InterleaveSpec | AdaptiveInterleaveSpec | AlrightSpec | MaxrightSpec,
@@ -116,7 +146,7 @@ class Recipe(Spec):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""
-    policy: LanguagePolicySpec
+    policy: AnyPolicy
     # A name is also part of file names and of dotted paths.
     objectives: dict[
         Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")], AnyObjective
@@ -142,6 +172,18 @@ class Recipe(Spec):
                         "known": ", ".join(self.objectives),
                     },
                 )
+        language = isinstance(self.policy, LanguagePolicySpec)
+        for name, objective in self.objectives.items():
+            if isinstance(objective, CloningSpec | ControlRlSpec) == language:
+                raise PydanticCustomError(
+                    "wrong_policy",
+                    "is {kind}, which does not train a policy of kind {policy}",
+                    {
+                        "where": f"objectives.{name}.kind",
+                        "kind": objective.kind,
+                        "policy": self.policy.kind,
+                    },
+                )
         priority = self.combiner.priority if self.combiner else None
         if priority is not None and priority not in self.schedule.objectives:
             raise PydanticCustomError(
@@ -162,11 +204,14 @@ class Recipe(Spec):
                     for stage in self.schedule.stages
                 )
             )
-            if needs_probe and name in self.schedule.objectives and objective.data.probe == 0:
+            if needs_probe and name in self.schedule.objectives and not objective.has_probe:
                 raise PydanticCustomError(
                     "no_probe",
                     "is 0, but schedule {kind} evaluates this objective on probe rows",
-                    {"where": f"objectives.{name}.data.probe", "kind": self.schedule.kind},
+                    {
+                        "where": f"objectives.{name}.{objective.probe_entry}",
+                        "kind": self.schedule.kind,
+                    },
                 )
             needs_optimum = (
                 isinstance(self.schedule, MaxrightSpec) and name in self.schedule.weights
@@ -177,13 +222,14 @@ class Recipe(Spec):
                     "is missing, and schedule maxright needs it: give a number, or auto",
                     {"where": f"objectives.{name}.optimum"},
                 )
-            if objective.optimum == "auto" and not (
-                objective.data.held_out or objective.data.held_out_path
-            ):
+            if objective.optimum == "auto" and not objective.has_held_out:
                 raise PydanticCustomError(
                     "no_held_out",
-                    "is auto, which evaluates on held-out rows, but data.held_out is 0",
-                    {"where": f"objectives.{name}.optimum"},
+                    "is auto, which evaluates on held-out rows, but {entry} is 0",
+                    {
+                        "where": f"objectives.{name}.optimum",
+                        "entry": objective.held_out_entry,
+                    },
                 )
         return self
 

@@ -1,0 +1,274 @@
+"""Rollouts of the policy in environments, as a source of batches for reinforcement learning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from holdfast.control.actor_critic import ActorCritic
+from holdfast.control.environments import VectorEnvironment
+from holdfast.control.losses import generalized_advantage, normalize_advantages
+from holdfast.control.statistics import RunningScale, ValueNormalizer
+from holdfast.control.table import Table
+
+
+@dataclass(frozen=True)
+class RolloutOptions:
+    """How much is collected, and how often it is used.
+
+    Attributes
+    ----------
+    steps : int
+        Chunks of actions in every environment of a batch of rollouts.
+    batch_size : int
+        Rows of an update: chunks of actions, or single denoising steps where ``denoising``.
+    epochs : int
+        Passes over a batch of rollouts.
+    discount, trace : float
+        Of generalised advantage estimation, in [0, 1], per chunk.
+    normalize_advantages, normalize_values, scale_rewards : bool
+        Advantages of mean 0 and deviation 1 over a batch of rollouts; a critic that predicts
+        returns of mean 0 and deviation 1; rewards over the running deviation of the return.
+    critic_warmup : int
+        Batches of rollouts on which the critic alone is trained.
+    target_kl : float, optional
+        Once an update moved the policy by more than this, in nats, the rollouts are used no more.
+    denoising : bool
+        Rows are denoising steps of a diffusion policy.
+    """
+
+    steps: int
+    batch_size: int
+    epochs: int = 8
+    discount: float = 0.99
+    trace: float = 0.95
+    normalize_advantages: bool = True
+    normalize_values: bool = True
+    scale_rewards: bool = False
+    critic_warmup: int = 2
+    target_kl: float | None = None
+    denoising: bool = False
+
+
+class EnvironmentRollouts:
+    """Batches of what the policy did, without end.
+
+    Rollouts are collected when a batch is asked for and none are left. The state holds those that
+    are half used, the environments, the running statistics and the generator, so that a resumed
+    run goes on with them. See :mod:`holdfast.control.environments` for what of an environment is
+    restored exactly.
+
+    A batch has the columns ``observations``, ``old_log_probs``, ``advantages``, ``returns``,
+    ``old_values``, and the policy's record (for denoising steps ``before``, ``after`` and
+    ``position``). Returns and values are in the units of the critic.
+
+    Parameters
+    ----------
+    policy : ActorCritic
+        Acts as it stands when rollouts are collected.
+    environments : VectorEnvironment
+    options : RolloutOptions
+    seed : int
+        Of the policy's noise, and of the order of rows.
+    """
+
+    def __init__(
+        self,
+        policy: ActorCritic,
+        environments: VectorEnvironment,
+        options: RolloutOptions,
+        *,
+        seed: int,
+    ) -> None:
+        self.policy = policy
+        self.environments = environments
+        self.options = options
+        self.seed = seed
+        self.round = 0
+        """Batches of rollouts collected so far."""
+        self.used = 0
+        """Batches that were handed out of the current rollouts."""
+        self.environment_steps = 0
+        """Single actions executed so far, over all environments."""
+        self._generator = torch.Generator().manual_seed(seed)
+        self._values = ValueNormalizer()
+        self._scale = RunningScale(environments.count, discount=options.discount)
+        self._observations: np.ndarray[Any, Any] | None = None
+        self._rollouts: Table | None = None
+        self._finished: list[tuple[float, int, bool]] = []
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch of rollouts."""
+        steps = getattr(self.policy.actor, "fine_tuned_steps", 1) if self.options.denoising else 1
+        return self.options.steps * self.environments.count * steps
+
+    @property
+    def updates(self) -> int:
+        """Updates that a batch of rollouts serves, unless it is stopped before."""
+        return self.options.epochs * math.ceil(self.rows / self.options.batch_size)
+
+    def next(self) -> Table:
+        """The rows of the next update."""
+        if self._rollouts is None or self.used >= self.updates:
+            self._rollouts = self._collect()
+            self.round += 1
+            self.used = 0
+        size = self.options.batch_size
+        epoch, part = divmod(self.used, math.ceil(self.rows / size))
+        order = torch.Generator().manual_seed(hash((self.seed, self.round, epoch)) & (2**62 - 1))
+        indices = torch.randperm(self.rows, generator=order)[part * size : (part + 1) * size]
+        self.used += 1
+        return (
+            _denoising_steps(self._rollouts, indices)
+            if self.options.denoising
+            else (self._rollouts.take(indices))
+        )
+
+    def observe(self, approx_kl: float) -> None:
+        """Use the rollouts no more, if an update moved the policy too far."""
+        if self.options.target_kl is not None and approx_kl > self.options.target_kl:
+            self.used = self.updates
+
+    # Collecting -----------------------------------------------------------------------------------
+
+    def _collect(self) -> Table:
+        environments = self.environments
+        if self._observations is None:
+            self._observations = environments.reset()
+        seen, records, results = [], [], []
+        self._finished = []
+        training = self.policy.training
+        self.policy.eval()
+        for _ in range(self.options.steps):
+            observations = torch.from_numpy(self._observations)
+            decision = self.policy.actor.act(observations.to(self.policy.device), self._generator)
+            step = environments.step(decision.actions.cpu().numpy())
+            seen.append(observations.clone())
+            records.append({name: part.cpu() for name, part in decision.record.items()})
+            results.append(step)
+            self.environment_steps += int(step.lengths.sum())
+            for slot in np.flatnonzero(step.ended):
+                self._finished.append(
+                    (
+                        float(step.episode_returns[slot]),
+                        int(step.episode_lengths[slot]),
+                        bool(step.success[slot]),
+                    )
+                )
+            self._observations = step.observations
+        self.policy.train(training)
+
+        def stacked(name: str) -> Tensor:
+            return torch.from_numpy(np.stack([getattr(step, name) for step in results]))
+
+        observations = torch.stack(seen)  # (time, environments, history, size)
+        terminated, truncated = stacked("terminated"), stacked("truncated")
+        rewards = stacked("rewards")
+        if self.options.scale_rewards:
+            self._scale.update(rewards, terminated | truncated)
+            rewards = self._scale.scale(rewards)
+        predicted = self._predicted(observations)
+        values = self._values.denormalize(predicted)
+        after = self._values.denormalize(self._predicted(stacked("final_observations")))
+        advantages, returns = generalized_advantage(
+            rewards,
+            values,
+            after,
+            terminated,
+            truncated,
+            discount=self.options.discount,
+            trace=self.options.trace,
+        )
+        old_values = values
+        if self.options.normalize_values:
+            self._values.update(returns)
+            returns, old_values = self._values.normalize(returns), self._values.normalize(values)
+        if self.options.normalize_advantages:
+            advantages = normalize_advantages(advantages)
+        columns = {
+            "observations": observations,
+            "advantages": advantages,
+            "returns": returns,
+            "old_values": old_values,
+        }
+        for name in records[0]:
+            target = "old_log_probs" if name == "log_probs" else name
+            columns[target] = torch.stack([record[name] for record in records])
+        flat = {name: column.flatten(0, 1) for name, column in columns.items()}
+        floats = {k: v.float() if v.is_floating_point() else v for k, v in flat.items()}
+        return Table(floats, self._facts())
+
+    def _predicted(self, observations: Tensor) -> Tensor:
+        """Of ``(time, environments, history, size)``: ``(time, environments)``."""
+        with torch.no_grad():
+            rows = observations.flatten(0, 1).to(self.policy.device)
+            found = torch.cat([self.policy.values(part) for part in rows.split(8192)])
+        return found.cpu().view(observations.shape[:2])
+
+    def _facts(self) -> dict[str, tuple[float, float]]:
+        facts = {
+            "environment_steps": (float(self.environment_steps), 1.0),
+            "critic_only": (float(self.round < self.options.critic_warmup), 1.0),
+        }
+        if self._finished:
+            returns, lengths, success = zip(*self._finished, strict=True)
+            count = float(len(returns))
+            facts |= {
+                "reward": (sum(returns), count),
+                "episode_length": (float(sum(lengths)), count),
+            }
+            if self.environments.reports_success:
+                facts["success"] = (float(sum(success)), count)
+        return facts
+
+    # State ----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        began = self._observations is not None
+        return {
+            "round": self.round,
+            "used": self.used,
+            "environment_steps": self.environment_steps,
+            "generator": self._generator.get_state(),
+            "values": self._values.state_dict(),
+            "scale": self._scale.state_dict(),
+            "environments": self.environments.state_dict() if began else None,
+            "rollouts": None if self._rollouts is None else self._rollouts.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.round, self.used = int(state["round"]), int(state["used"])
+        self.environment_steps = int(state["environment_steps"])
+        self._generator.set_state(state["generator"])
+        self._values.load_state_dict(state["values"])
+        self._scale.load_state_dict(state["scale"])
+        if state["environments"] is not None:
+            self._observations = self.environments.load_state_dict(state["environments"])
+        held = state["rollouts"]
+        self._rollouts = None if held is None else Table.from_state(held)
+
+
+def _denoising_steps(rollouts: Table, indices: Tensor) -> Table:
+    """Rows over decisions and denoising steps alike: ``index = decision * K' + position``."""
+    count = rollouts.columns["old_log_probs"].shape[1]
+    rows, positions = indices // count, indices % count
+    found = {
+        name: column[rows]
+        for name, column in rollouts.columns.items()
+        if name not in ("chain", "old_log_probs")
+    }
+    chain = rollouts.columns["chain"]
+    found |= {
+        "before": chain[rows, positions],
+        "after": chain[rows, positions + 1],
+        "old_log_probs": rollouts.columns["old_log_probs"][rows, positions],
+        "position": positions,
+    }
+    return Table(found, rollouts.facts)
