@@ -6,8 +6,9 @@ from holdfast.control.losses.advantages import (
     normalize_advantages,
     td_lambda_returns,
 )
+from holdfast.control.losses.cloning import denoising, mse, nll
 from holdfast.control.losses.dipo import improve_actions
-from holdfast.control.losses.dppo import clip_range, dppo, sum_log_probs
+from holdfast.control.losses.dppo import clip_range, dppo
 from holdfast.control.losses.idql import (
     expectile,
     idql_critic,
@@ -25,6 +26,7 @@ __all__ = [
     "advantage_weights",
     "clip_quantiles",
     "clip_range",
+    "denoising",
     "dppo",
     "expectile",
     "generalized_advantage",
@@ -33,10 +35,11 @@ __all__ = [
     "implicit_choice",
     "implicit_weights",
     "improve_actions",
+    "mse",
+    "nll",
     "normalize_advantages",
     "ppo",
     "soft_update",
-    "sum_log_probs",
     "td_lambda_returns",
     "value_loss",
     "weighted_regression",
