@@ -118,7 +118,8 @@ class GaussianHead(nn.Module):
             return mean, {}
         log_std = self.log_std()
         chunks = mean + log_std.exp() * draw_normal(tuple(mean.shape), generator, mean)
-        return chunks, {"log_probs": normal_log_probs(chunks, mean, log_std).sum((-2, -1))}
+        # Summed as in `position_log_probs`, so that a ratio of the two is exactly 1.
+        return chunks, {"log_probs": normal_log_probs(chunks, mean, log_std).sum(-1).sum(-1)}
 
     def entropy(self) -> Tensor:
         """Of a chunk, in nats: a scalar, the same in every state."""
