@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from holdfast.control.environments.interface import Act
 
 _GAIN = 10.0  # Actions a metre of error: an action of 1 moves the gripper by about 5 cm.
-_NEAR = 0.01  # metres
+_NEAR = 0.012  # metres
 _HOVER = 0.06  # metres above the block before descending
 _GRIPPED = 0.055  # metres between the fingers, a little more than the block is wide
 _OPEN, _CLOSED = 1.0, -1.0

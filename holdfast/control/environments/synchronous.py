@@ -164,18 +164,14 @@ def _registered(name: str, options: EnvironmentOptions) -> Any:
         from holdfast.control.environments.fetch import register
 
         register(name)
+    keywords = dict(options.keywords)
     if options.render:
         prepare_rendering()
-    keywords = dict(options.keywords)
+        keywords["render_mode"] = "rgb_array"
     if options.time_limit is not None:
         keywords["max_episode_steps"] = options.time_limit
     try:
-        env = gymnasium.make(
-            name,
-            render_mode="rgb_array" if options.render else None,
-            disable_env_checker=True,
-            **keywords,
-        )
+        env = gymnasium.make(name, disable_env_checker=True, **keywords)
     except gymnasium.error.DependencyNotInstalled as error:
         raise SimulatorError(
             f"{name}: {error}; install it with: pip install 'holdfast[control]'"
