@@ -1,8 +1,8 @@
 """Environments: one interface over Gymnasium, Meta-World, robosuite, FurnitureBench and a toy.
 
 What resuming restores: the point mass exactly, from its saved state. Gymnasium's MuJoCo tasks,
-Meta-World and Fetch exactly as well, by running the unfinished episodes again from their seeds and
-actions. A simulator that does not repeat itself goes on from where the same actions led, with a
+Meta-World, Fetch and robosuite exactly as well, by running the unfinished episodes again from their
+seeds and actions, on the same machine and versions. A simulator that does not repeat itself goes on from where the same actions led, with a
 warning. FurnitureBench cannot be resumed within an episode.
 """
 

@@ -79,6 +79,8 @@ def _make(task: _Task, options: EnvironmentOptions) -> Any:
         # A new model at every reset would take a second; the placements are drawn anew either way.
         "hard_reset": False,
         "ignore_done": True,
+        # Sizes of objects are drawn when the model is made: the same ones in every environment.
+        "seed": 0,
         **options.keywords,
     }
     simulator = robosuite.make(task.name, **keywords)
