@@ -2,8 +2,8 @@
 
 What resuming restores: the point mass exactly, from its saved state. Gymnasium's MuJoCo tasks,
 Meta-World, Fetch and robosuite exactly as well, by running the unfinished episodes again from their
-seeds and actions, on the same machine and versions. A simulator that does not repeat itself goes on from where the same actions led, with a
-warning. FurnitureBench cannot be resumed within an episode.
+seeds and actions, on the same machine and versions. A simulator that does not repeat itself goes on
+from where the same actions led, with a warning. FurnitureBench cannot be resumed within an episode.
 """
 
 from holdfast.control.environments.evaluation import (

@@ -29,8 +29,8 @@ class GymnasiumEnvironment(VectorEnvironment):
     The state of a simulator is not saved. What is saved are the seeds of the running episodes and
     the actions executed in them; loading runs those episodes again up to the same step. This is
     exact where an episode is a function of its seed and actions, which holds for Gymnasium's
-    MuJoCo tasks, Meta-World, Fetch and robosuite. Where it does not hold, loading warns, and the episode goes
-    on from wherever the same actions led.
+    MuJoCo tasks, Meta-World, Fetch and robosuite. Where it does not hold, loading warns, and the
+    episode goes on from wherever the same actions led.
 
     Parameters
     ----------
