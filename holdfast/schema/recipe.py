@@ -113,8 +113,8 @@ AnyObjective = Annotated[
 
 def _policy_kind(value: Any) -> str:
     """Recipes of language models need not say what kind of policy they have."""
-    kind = value.get("kind", "language") if isinstance(value, Mapping) else value.kind
-    return str(kind)
+    given = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
+    return str(given or "language")
 
 
 AnyPolicy = Annotated[
