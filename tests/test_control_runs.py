@@ -1,0 +1,195 @@
+"""Control from recipe to policy: cloning, then fine-tuning; resuming; and what is refused."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from holdfast import run as runs
+from holdfast.control.demonstrations import record, write_demonstrations
+from holdfast.control.environments import (
+    EnvironmentOptions,
+    make_environments,
+    scripted_expert,
+)
+from holdfast.control.policies import ResidualPolicy, load_policy
+from holdfast.errors import DataError, HoldfastError, RecipeError
+from holdfast.recipe import load_recipe
+
+NAME = "holdfast/point-mass"
+IMITATION = {"kind": "cloning", "data": {"path": "demos.npz", "held_out": 1}, "batch_size": 32}
+GAUSSIAN = {"kind": "gaussian", "horizon": 4, "hidden": [16], "critic": {"hidden": [16]}}
+DIFFUSION = {
+    "kind": "diffusion",
+    "horizon": 4,
+    "hidden": [16],
+    "steps": 5,
+    "fine_tuned_steps": 3,
+    "critic": {"hidden": [16]},
+}
+RL = {
+    "kind": "control_ppo",
+    "environment": {"name": NAME, "count": 4, "sparse": True},
+    "steps": 8,
+    "batch_size": 16,
+    "epochs": 2,
+    "critic_warmup": 1,
+    "episodes": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("demos") / "demos.npz"
+    worlds = make_environments(NAME, 4, options=EnvironmentOptions(sparse=True))
+    write_demonstrations(record(scripted_expert(NAME), worlds, 4, seed=1), path)
+    return path
+
+
+@pytest.fixture
+def write(tmp_path, demos, monkeypatch):
+    monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "cache"))
+    shutil.copy(demos, tmp_path / "demos.npz")
+
+    def write_recipe(policy, schedule, objectives, *, name="run", steps=12, **more):
+        values = {
+            "name": name,
+            "policy": policy,
+            "objectives": objectives,
+            "schedule": schedule,
+            "training": {"max_steps": steps, "eval_steps": 6, "save_steps": 4},
+            "output": str(tmp_path / name),
+            **more,
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return load_recipe(str(path))
+
+    return write_recipe
+
+
+def lines(run, kind):
+    found = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line for line in found if line["kind"] == kind]
+
+
+INTERLEAVE = {"kind": "interleave", "first": "il", "second": "rl", "ratio": 2}
+POLICIES = {
+    "gaussian": (GAUSSIAN, RL),
+    "residual": ({"kind": "residual", "base": GAUSSIAN, "critic": {"hidden": [16]}}, RL),
+    "diffusion": (DIFFUSION, {**RL, "kind": "dppo"}),
+}
+
+
+@pytest.mark.parametrize("combine", [False, True])
+@pytest.mark.parametrize("kind", POLICIES)
+def test_imitation_is_interleaved_into_reinforcement_learning(write, kind, combine):
+    policy, rl = POLICIES[kind]
+    more = {"combiner": {"method": "upgrad", "scale": "match"}} if combine else {}
+    schedule = {**INTERLEAVE, "combine": combine}
+    run = runs.train(write(policy, schedule, {"il": IMITATION, "rl": rl}, **more))
+    turns = [set(line["objectives"]) for line in lines(run, "train")]
+    first = {"il", "rl"} if combine else {"il"}
+    assert turns[:6] == [first, {"rl"}, {"rl"}] * 2
+    for line in lines(run, "train"):
+        assert all(math.isfinite(seen["loss"]) for seen in line["objectives"].values())
+        assert ("geometry" in line) == (len(line["objectives"]) == 2)
+    evaluated = lines(run, "eval")[-1]["objectives"]
+    assert evaluated["rl"]["count"] == 4 and "success" in evaluated["rl"]["metrics"]
+    assert evaluated["il"]["count"] > 0
+    saved = load_policy(run / "model")
+    assert saved.kind == kind
+    if kind == "residual":
+        assert isinstance(saved, ResidualPolicy)
+
+
+def test_a_cloned_policy_is_fine_tuned_from_where_it_was_saved(write, tmp_path):
+    alone = {"kind": "mix", "weights": {"il": 1.0}}
+    bc = runs.train(write(GAUSSIAN, alone, {"il": IMITATION}, name="bc", steps=40))
+    cloned = lines(bc, "eval")[-1]["objectives"]["il"]["loss"]
+    assert cloned < lines(bc, "eval")[0]["objectives"]["il"]["loss"]
+    saved = {
+        "kind": "saved",
+        "model_name_or_path": str(bc / "model"),
+        "critic": {"hidden": [16]},
+    }
+    run = runs.train(write(saved, INTERLEAVE, {"il": IMITATION, "rl": RL}, name="rl"))
+    assert lines(run, "eval")[0]["objectives"]["il"]["loss"] == pytest.approx(cloned, abs=1e-6)
+    before, after = load_policy(bc / "model"), load_policy(run / "model")
+    assert torch.equal(before.observations.low, after.observations.low)
+    moved = dict(after.named_parameters())
+    assert any(not torch.equal(p, moved[name]) for name, p in before.named_parameters())
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_a_run_on_half_used_rollouts_resumes_bit_for_bit(write, kind):
+    policy, rl = POLICIES[kind]
+    objectives = {"il": IMITATION, "rl": rl}
+    whole = runs.train(write(policy, INTERLEAVE, objectives, name="whole"))
+    cut = runs.train(write(policy, INTERLEAVE, objectives, name="cut"))
+    # As if it had been killed after the checkpoint of step 8, in the midst of a batch of rollouts.
+    shutil.rmtree(cut / "model")
+    for checkpoint in (cut / "checkpoints").iterdir():
+        if "12" in checkpoint.name:
+            shutil.rmtree(checkpoint)
+    described = json.loads((cut / "run.json").read_text())
+    (cut / "run.json").write_text(json.dumps({**described, "status": "stopped"}))
+    resumed = runs.resume(cut)
+    one, two = (load_file(next((run / "model").glob("*.safetensors"))) for run in (whole, resumed))
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+@pytest.mark.parametrize(
+    ("policy", "objectives", "error", "message"),
+    [
+        (GAUSSIAN, {"rl": {**RL, "kind": "dppo"}}, RecipeError, "dppo does not train a gaussian"),
+        (DIFFUSION, {"rl": RL}, RecipeError, "control_ppo does not train a diffusion"),
+        (GAUSSIAN, {"rl": {**RL, "batch_size": 99}}, RecipeError, "more than the 32 rows"),
+        (
+            GAUSSIAN,
+            {"rl": RL, "il": {**IMITATION, "loss": "denoising"}},
+            RecipeError,
+            "denoising is not for a gaussian",
+        ),
+        (
+            GAUSSIAN,
+            {"rl": RL, "il": {**IMITATION, "data": {"path": "demos.npz", "held_out": 4}}},
+            DataError,
+            "has 4 episodes to use, of which held_out 4",
+        ),
+        (
+            GAUSSIAN,
+            {"rl": {**RL, "environment": {"name": "holdfast/point-mas"}}},
+            HoldfastError,
+            "point-mas",
+        ),
+        (
+            {**DIFFUSION, "fine_tuned_steps": 9},
+            {"il": IMITATION},
+            RecipeError,
+            "fine_tuned_steps is 9",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_training(
+    write, policy, objectives, error, message
+):
+    weights = {name: 1.0 / len(objectives) for name in objectives}
+    with pytest.raises(error, match=message):
+        runs.train(write(policy, {"kind": "mix", "weights": weights}, objectives))
+
+
+def test_objectives_of_another_kind_of_policy_are_refused(write):
+    with pytest.raises(RecipeError, match=r"objectives.rl.kind: is control_ppo, .*kind language"):
+        write(
+            {"model_name_or_path": "tiny-qwen2"},
+            {"kind": "mix", "weights": {"rl": 1.0}},
+            {"rl": RL},
+        )
