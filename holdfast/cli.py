@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from holdfast import __version__
-from holdfast.errors import DataError, HoldfastError
+from holdfast.errors import DataError, HoldfastError, RecipeError
 from holdfast.recipe import SHIPPED, load_recipe, shipped_recipes
 
 app = typer.Typer(
@@ -190,6 +190,10 @@ def demos_record(
             help="A function of your own; by default the task's scripted expert.",
         ),
     ] = None,
+    policy: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="A policy that a run wrote, such as runs/bc/model."),
+    ] = None,
     episodes: Annotated[int, typer.Option(min=1, help="Episodes to keep.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the episodes.")] = 0,
     noise: Annotated[
@@ -217,7 +221,9 @@ def demos_record(
     count: Annotated[int, typer.Option(min=1, help="Environments side by side.")] = 8,
     overwrite: Annotated[bool, typer.Option(help="Replace a file that is already there.")] = False,
 ) -> None:
-    """Record episodes of a scripted expert, or of a controller of your own."""
+    """Record episodes of a scripted expert, a trained policy, or a controller of your own."""
+    if controller and policy:
+        raise RecipeError("--controller and --policy: name one of them, not both")
     if output.exists() and not overwrite:
         raise DataError(f"{output} is already there: name another file, or add --overwrite")
 
@@ -228,9 +234,19 @@ def demos_record(
         scripted_expert,
     )
 
-    act = recorded.load_controller(controller) if controller else scripted_expert(environment)
+    history = 1
+    if policy is not None:
+        from holdfast.control.acting import acting
+        from holdfast.control.policies import load_policy
+
+        trained = load_policy(policy)
+        act, history = acting(trained, seed=seed), trained.history
+    else:
+        act = recorded.load_controller(controller) if controller else scripted_expert(environment)
     options = EnvironmentOptions(
-        sparse=controller is None if sparse is None else sparse, time_limit=time_limit
+        history=history,
+        sparse=controller is None if sparse is None else sparse,
+        time_limit=time_limit,
     )
     environments = make_environments(environment, min(count, episodes), options=options)
     found = recorded.record(

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from holdfast.control.acting import acting
 from holdfast.control.actor_critic import ActorCritic
 from holdfast.control.demonstrations import Chunks
 from holdfast.control.environments import VectorEnvironment, evaluate
@@ -227,13 +227,7 @@ class EpisodeEvaluation:
 
     def __call__(self, policy: nn.Module, rows: Sequence[int]) -> LossTerms:
         assert isinstance(policy, ActorCritic)
-        generator = torch.Generator().manual_seed(self.seed)
-
-        def act(observations: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-            seen = torch.from_numpy(observations).to(policy.device)
-            decision = policy.actor.act(seen, generator, deterministic=True)
-            return decision.actions.cpu().numpy()
-
+        act = acting(policy.actor, seed=self.seed)
         found = evaluate(act, self.environments, len(rows), self.seed)
         metrics = {
             "reward": torch.tensor(found.returns.sum()),

@@ -1,12 +1,14 @@
 """``holdfast demos``: records, inspects, and says in one line what a user can mend."""
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from holdfast import cli
 from holdfast.control.demonstrations import read_demonstrations
-from holdfast.control.environments import SimulatorError
-from holdfast.errors import DataError
+from holdfast.control.environments import SimulatorError, make_environments
+from holdfast.control.policies import GaussianPolicy
+from holdfast.errors import DataError, RecipeError
 
 NAME = "holdfast/point-mass"
 
@@ -51,3 +53,17 @@ def test_a_file_is_not_replaced_unasked(tmp_path):
 def test_a_task_without_an_expert_asks_for_a_controller(tmp_path):
     with pytest.raises(SimulatorError, match="no scripted expert for Hopper-v5"):
         call("record", "Hopper-v5", tmp_path / "a.npz")
+
+
+def test_a_trained_policy_is_recorded(tmp_path):
+    observations = make_environments(NAME, 1).observation_size
+    policy = GaussianPolicy(observations, 2, horizon=3, history=2, hidden=(8,), seed=1)
+    policy.save_pretrained(tmp_path / "policy")
+    arguments = ["--policy", tmp_path / "policy", "--keep-failures", "--time-limit", 5]
+    call("record", NAME, tmp_path / "a.npz", "--episodes", 2, *arguments)
+    first = read_demonstrations(tmp_path / "a.npz").episodes[0]
+    seen = torch.from_numpy(first.observations[:1]).repeat(1, 2, 1).view(1, 2, observations)
+    expected = policy.act(seen, torch.Generator(), deterministic=True).actions[0]
+    torch.testing.assert_close(torch.from_numpy(first.actions[:3]), expected)
+    with pytest.raises(RecipeError, match="not both"):
+        call("record", NAME, tmp_path / "b.npz", *arguments, "--controller", "mine.py:act")
