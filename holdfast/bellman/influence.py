@@ -26,6 +26,8 @@ class Influence:
         ``(2, states, actions)``: the middle 95 % of the signed change.
     influence : Array
         ``(rows,)``: largest change of any entry as that row is replaced, mean over replacements.
+        Infinite for the only row of a pair, without which there is no estimate; such rows are left
+        out of ``shift`` and ``interval``.
     ranking : NDArray
         ``(rows,)``: rows by influence, the largest first.
     """
@@ -52,7 +54,7 @@ def rank_influence(problem: SaddleProblem, *, draws: int = 8, seed: int = 0) -> 
     Raises
     ------
     ValueError
-        If the functions are no tables, or a pair occurs but once: without it there is no answer.
+        If the functions are no tables, or all rows are the only ones of their pair.
     """
     data = problem.transitions
     base = _estimate(problem)
@@ -62,19 +64,19 @@ def rank_influence(problem: SaddleProblem, *, draws: int = 8, seed: int = 0) -> 
         [data.state, data.action, data.next_state, data.terminal, np.nan_to_num(data.reward)]
     )
     _, first, kind = np.unique(columns, axis=1, return_index=True, return_inverse=True)
-    changes = np.array(
-        [
-            [
-                _estimate(problem.with_transitions(data.replaced(row, data[other : other + 1])))
-                - base
-                for other in substitutes
-            ]
-            for row in first
-        ]
-    )
+    alone = data.counts(*base.shape)[data.state, data.action] == 1
+    if alone.all():
+        raise ValueError("every pair occurs but once: nothing can be replaced")
+    changes = np.full((len(first), draws, *base.shape), np.nan)
+    for i, row in enumerate(first):
+        if not alone[row]:
+            for k, other in enumerate(substitutes):
+                neighbour = data.replaced(row, data[other : other + 1])
+                changes[i, k] = _estimate(problem.with_transitions(neighbour)) - base
     kind = kind.ravel()
     influence = np.abs(changes).max((2, 3)).mean(1)[kind]
-    each = changes[kind].reshape(-1, *base.shape)
+    influence[alone] = np.inf
+    each = changes[kind[~alone]].reshape(-1, *base.shape)
     return Influence(
         base,
         np.abs(each).mean(0),

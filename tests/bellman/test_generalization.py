@@ -1,0 +1,88 @@
+from functools import cache
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize
+
+from holdfast.bellman import (
+    GeneralizationResult,
+    Harmonic,
+    Sgda,
+    TabularMDP,
+    measure_generalization,
+)
+from holdfast.bellman.generalization import empirical_risk, primal_risk, weak_gap
+from holdfast.bellman.solve import soft_value
+
+MODEL = TabularMDP.random(2, 2, 0.5, seed=0)
+LAW = np.full((2, 2), 0.25)
+SIZES = (32, 64, 128)
+
+
+@cache
+def measured() -> GeneralizationResult:
+    settings = Sgda(steps=1, step=Harmonic(20.0, 40.0), step_ratio=2.0)
+    return measure_generalization(
+        MODEL, sizes=SIZES, datasets=60, passes=6, settings=settings, seed=0
+    )
+
+
+def test_the_gap_is_that_of_the_theory_at_the_optimum():
+    """``n E[R_n(w*)] = sum b^2 Var(V)``, over pairs, up to the frequencies' own noise."""
+    solved = MODEL.soft_policy_iteration()
+    variance = MODEL.expected(solved.v**2) - MODEL.expected(solved.v) ** 2
+    wanted = 0.25 * variance.sum()
+    risks = [empirical_risk(MODEL.sample(400, seed=i), solved.q, 0.5) * 400 for i in range(300)]
+    error = np.std(risks) / np.sqrt(300)
+    assert np.mean(risks) == pytest.approx(wanted, abs=4 * error)
+    assert primal_risk(MODEL, solved.q, LAW) < 1e-20
+
+
+def test_results_do_better_on_their_own_data():
+    result = measured()
+    assert (result.gap > 0).all()
+    assert (np.diff(result.risk.mean(1)) < 0).all()
+    assert (result.optimum_empirical_risk > 0).all()
+
+
+def test_the_empirical_risk_of_an_empirical_solution_is_0():
+    data = MODEL.sample(60, seed=0)
+    q = TabularMDP.empirical(data, 2, 2, 0.5).soft_policy_iteration(1e-12).q
+    assert empirical_risk(data, q, 0.5) < 1e-20
+    assert primal_risk(MODEL, q, LAW) > 0
+
+
+def test_the_weak_gap_shrinks_with_the_data():
+    result = measured()
+    assert (result.weak_gap > 0).all() and (result.empirical_weak_gap > 0).all()
+    assert result.weak_gap[-1] < result.weak_gap[0]
+
+
+@pytest.mark.parametrize("discount", [0.4, 0.9])
+def test_the_weak_gap_of_a_point_is_that_of_a_constrained_solver(discount):
+    """The maximum over the dual is the primal risk; the minimum is found by SLSQP."""
+    model = TabularMDP.random(2, 2, discount, seed=0)
+    centre = model.soft_policy_iteration().q
+    rng = np.random.default_rng(0)
+    q = centre + 0.1 * rng.standard_normal((2, 2))
+    zeta = model.expected(soft_value(centre)) + 0.1 * rng.standard_normal((2, 2))
+
+    def value(x: np.ndarray) -> float:
+        w = x.reshape(2, 2)
+        ahead = model.expected(soft_value(w))
+        residual = model.rewards + discount * ahead - w
+        return float((LAW * (residual**2 - discount**2 * (ahead - zeta) ** 2)).sum())
+
+    inside = {"type": "ineq", "fun": lambda x: 1.0 - ((x - centre.ravel()) ** 2).sum()}
+    least = minimize(
+        value, centre.ravel(), constraints=inside, method="SLSQP", options={"ftol": 1e-14}
+    ).fun
+    found = weak_gap(model, q[None], zeta[None], LAW, 1.0, steps=2000)
+    assert found == pytest.approx(primal_risk(model, q, LAW) - least, rel=1e-4)
+
+
+def test_bad_numbers_are_told():
+    with pytest.raises(ValueError, match="two or more of each"):
+        measure_generalization(MODEL, sizes=(64,))
+    with pytest.raises(ValueError, match="ball is 0"):
+        measure_generalization(MODEL, sizes=(64, 128), ball=0)

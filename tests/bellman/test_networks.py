@@ -1,0 +1,83 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from holdfast.bellman import Constant, Linear, Networks, SaddleProblem, Sgda, Transitions, mlp
+from holdfast.bellman.problem import Batch
+from holdfast.bellman.sgda import descend_ascend
+
+
+def pair() -> Networks:
+    return Networks(mlp(2, (5,), 3, seed=0), mlp(2, (5,), 3, seed=1))
+
+
+def observed(seed: int, n: int = 12) -> Transitions:
+    rng = np.random.default_rng(seed)
+    state, ahead = rng.standard_normal((2, n, 2))
+    return Transitions(state, rng.integers(3, size=n), rng.random(n), ahead)
+
+
+def test_flat_parameters_give_what_the_network_gives():
+    first, second = mlp(2, (5,), 3, seed=0), mlp(2, (5,), 3, seed=1)
+    approximator = Networks(first, second)
+    primal, dual = approximator.initial()
+    data = Batch.stack([observed(0), observed(1)])
+    q = approximator.q(primal.expand(2, -1), data.state)
+    torch.testing.assert_close(q[1], first(data.state[1]))
+    zeta = approximator.zeta(dual.expand(2, -1), data.state, data.action)
+    torch.testing.assert_close(zeta[0, 3], second(data.state[0, 3])[data.action[0, 3]])
+
+
+def test_linear_functions_are_products_with_their_features():
+    features = np.random.default_rng(0).standard_normal((4, 3, 2))
+    approximator = Linear(features)
+    w = torch.randn(2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    state, action = torch.tensor([[0, 3], [2, 2]]), torch.tensor([[1, 0], [2, 1]])
+    q = approximator.q(w, state)
+    np.testing.assert_allclose(q[1, 0], features[2] @ w[1].numpy())
+    np.testing.assert_allclose(
+        approximator.zeta(w, state, action)[0, 1], features[3, 0] @ w[0].numpy()
+    )
+    with pytest.raises(ValueError, match="features has shape"):
+        Linear(np.zeros((4, 3)))
+
+
+def test_a_step_of_networks_is_that_of_torch_optimisers():
+    data = observed(0)
+    first, second = mlp(2, (5,), 3, seed=0), mlp(2, (5,), 3, seed=1)
+    problem = SaddleProblem(data, 0.9, Networks(first, second))
+    settings = Sgda(steps=5, step=Constant(0.05), step_ratio=3.0, batch_size=None)
+    found = descend_ascend(problem, Batch.stack([data]), settings)
+    parameters = [
+        {"params": first.parameters(), "lr": 0.05},
+        {"params": second.parameters(), "lr": 0.15, "maximize": True},
+    ]
+    optimiser = torch.optim.SGD(parameters)
+    state, ahead = torch.as_tensor(data.state), torch.as_tensor(data.next_state)
+    action, reward = torch.as_tensor(data.action), torch.as_tensor(data.reward)
+    for _ in range(5):
+        optimiser.zero_grad()
+        value = torch.logsumexp(first(ahead), -1)
+        delta = reward + 0.9 * value - first(state).gather(1, action[:, None])[:, 0]
+        lag = value - second(state).gather(1, action[:, None])[:, 0]
+        (delta**2 - 0.81 * lag**2).mean().backward()
+        optimiser.step()
+    for flat, module in ((found.primal, first), (found.dual, second)):
+        wanted = torch.cat([each.detach().flatten() for each in module.parameters()])
+        torch.testing.assert_close(flat[0], wanted)
+
+
+def test_networks_are_a_function_of_their_seed_alone():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first, second = mlp(2, (5,), 3, seed=4), mlp(2, (5,), 3, seed=4)
+    assert torch.equal(torch.get_rng_state(), before)
+    for one, other in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(one, other) and bool(one.abs().sum() > 0)
+
+
+def test_what_replicas_would_share_is_refused():
+    net = mlp(2, (5,), 3, seed=0)
+    with pytest.raises(ValueError, match="zeta has buffers"):
+        Networks(net, nn.Sequential(nn.BatchNorm1d(2), net))
