@@ -124,7 +124,7 @@ class RunningScale:
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen, and the returns of the episodes under way."""
-        return {"moments": self.moments.state_dict(), "returns": self._returns.clone()}
+        return {"moments": self.moments.state_dict(), "returns": self._returns}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from ``state``; ``ValueError`` for another number of environments."""
@@ -135,7 +135,7 @@ class RunningScale:
                 f"{len(self._returns)}"
             )
         self.moments.load_state_dict(state["moments"])
-        self._returns = returns.to("cpu", torch.float64, copy=True)
+        self._returns = returns.to("cpu", torch.float64)
 
     def restart(self) -> None:
         """Forget the returns under way, where all environments were reset; keep what was seen."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from holdfast.control.losses.rows import check_finite, check_share, count_of, counted, share_of
+from holdfast.control.losses.rows import check_finite, check_share, count_of, counted
 from holdfast.joint import LossTerms
 
 
@@ -77,7 +77,7 @@ def idql_value(
     metrics = {
         "value": found.detach().sum(),
         "advantage": advantages.sum(),
-        "better_than_value": share_of(advantages > 0, mask),
+        "better_than_value": (advantages > 0).sum().float(),
     }
     return LossTerms(losses.sum(), count_of(losses, mask), metrics)
 
@@ -208,7 +208,8 @@ def soft_update(target: nn.Module, online: nn.Module, rate: float) -> None:
     Parameters
     ----------
     target, online : nn.Module
-        Of the same structure. Buffers of the target are set to those of ``online``.
+        Of the same structure; the target's weights may be buffers. What are buffers of ``online``
+        is copied.
     rate : float
         In (0, 1]; 1 copies.
 
@@ -219,18 +220,18 @@ def soft_update(target: nn.Module, online: nn.Module, rate: float) -> None:
     """
     if not 0.0 < rate <= 1.0:
         raise ValueError(f"rate is {rate}: it must lie in (0, 1]")
-    for kind in ("parameters", "buffers"):
-        followed = dict(getattr(online, f"named_{kind}")())
-        following = dict(getattr(target, f"named_{kind}")())
-        if {name: part.shape for name, part in followed.items()} != {
-            name: part.shape for name, part in following.items()
-        }:
-            raise ValueError(f"target and online differ in their {kind}")
-        for name, part in following.items():
-            if kind == "buffers":
-                part.copy_(followed[name])
-            else:
-                part.lerp_(followed[name], rate)
+    trained = dict(online.named_parameters())
+    followed = {**trained, **dict(online.named_buffers())}
+    following = {**dict(target.named_parameters()), **dict(target.named_buffers())}
+    if {name: part.shape for name, part in followed.items()} != {
+        name: part.shape for name, part in following.items()
+    }:
+        raise ValueError("target and online differ in their parameters or buffers")
+    for name, part in following.items():
+        if name in trained:
+            part.lerp_(followed[name], rate)
+        else:
+            part.copy_(followed[name])
 
 
 def _check_tau(tau: float) -> None:

@@ -10,7 +10,6 @@ from holdfast.control.losses.rows import (
     check_positive,
     count_of,
     counted,
-    share_of,
     total_of,
 )
 from holdfast.joint import LossTerms
@@ -77,10 +76,10 @@ def surrogate(
     check_finite("advantages", gains)
     ratio = exponential(new - old)
     losses = clipped_surrogate(ratio, gains, low, high)
-    seen = ratio.detach()
+    seen = ratio.detach()  # 1, and in its range, where a row does not count
     metrics = {
         "approx_kl": kl_k3(old, new.detach()).sum(),
-        "clip_fraction": share_of((seen < low) | (seen > high), mask),
+        "clip_fraction": ((seen < low) | (seen > high)).sum().float(),
         "ratio": total_of(seen, mask),
     }
     return LossTerms(losses.sum(), count_of(losses, mask), metrics)
@@ -139,6 +138,6 @@ def value_loss(
         check_positive("epsilon", epsilon)
         held = found.clamp(old[0] - epsilon, old[0] + epsilon)
         clipped = (held - goals).square()
-        metrics["value_clip_fraction"] = share_of(clipped > squares, mask)
+        metrics["value_clip_fraction"] = (clipped > squares).sum().float()
         squares = torch.maximum(squares, clipped)
     return LossTerms(0.5 * squares.sum(), count_of(squares, mask), metrics)

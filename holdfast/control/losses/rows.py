@@ -63,11 +63,6 @@ def total_of(values: Tensor, mask: Tensor | None) -> Tensor:
     return _where(mask, values).sum()
 
 
-def share_of(flags: Tensor, mask: Tensor | None) -> Tensor:
-    """How many of the rows that count have their flag ``(...)``: scalar, float32."""
-    return (flags if mask is None else flags & mask).sum().float()
-
-
 def wide(values: Tensor) -> Tensor:
     """The same values, at least in float32."""
     return values.to(torch.promote_types(values.dtype, torch.float32))

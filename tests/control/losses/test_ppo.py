@@ -37,6 +37,12 @@ def test_worked_example():
     assert higher.total.item() == pytest.approx(7.6 - 3.0)
 
 
+def test_the_divergence_is_from_the_old_policy():
+    """One action became four times as likely: estimate 4 - 1 - log 4, not 1/4 - 1 + log 4."""
+    terms = ppo(torch.tensor([math.log(4)]), torch.zeros(1), torch.ones(1))
+    assert terms.metrics["approx_kl"].item() == pytest.approx(3 - math.log(4))
+
+
 @given(seeds)
 def test_before_the_first_update_the_ratio_is_exactly_1(seed):
     """The gradient is then the policy gradient itself, to the bit."""
