@@ -9,15 +9,13 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 
-from holdfast.assemble_control import assemble_control
 from holdfast.assemble_on_policy import Models, check, on_policy_objective
-from holdfast.control.actor_critic import ActorCritic
 from holdfast.errors import DataError, RecipeError
 from holdfast.joint import Alright, Maxright, Mix, Objective, Schedule, Sequential
 from holdfast.joint.batches import Batches
@@ -54,8 +52,14 @@ from holdfast.schema import (
     OnPolicySpec,
     PpoSpec,
     Recipe,
+    SoftQSpec,
 )
 
+if TYPE_CHECKING:
+    from holdfast.bellman.soft_q import SoftQ
+    from holdfast.control.actor_critic import ActorCritic
+
+TrainedPolicy: TypeAlias = "LanguagePolicy | ActorCritic | SoftQ"
 SPLIT_SEED = 0
 """Which rows are held out never depends on a run's seed: a row held out once is held out always."""
 
@@ -75,7 +79,7 @@ class Assembly:
 
     Attributes
     ----------
-    policy : LanguagePolicy or ActorCritic
+    policy : LanguagePolicy, ActorCritic or SoftQ
         On its device, before any update.
     objectives : dict of str to Objective
         With their rows; optima only where the recipe gives numbers.
@@ -85,7 +89,7 @@ class Assembly:
         Per objective, digest of the policy, the rows and all else that its optimum depends on.
     """
 
-    policy: LanguagePolicy | ActorCritic
+    policy: TrainedPolicy
     objectives: dict[str, Objective]
     fingerprint: str
     keys: dict[str, str]
@@ -117,8 +121,19 @@ def assemble(
         For a model or data that cannot be used.
     """
     if isinstance(recipe.policy, ControlSpec):
-        built = assemble_control(recipe, accelerator, say)
-        return _assembled(recipe, built.policy, built.objectives, built.digests)
+        # Imported where they are needed: what they stand on is in extras.
+        from holdfast.assemble_control import assemble_control
+
+        return _assembled(recipe, *assemble_control(recipe, accelerator, say))
+    if isinstance(recipe.policy, SoftQSpec):
+        try:
+            from holdfast.assemble_bellman import assemble_bellman
+        except ImportError as error:
+            raise RecipeError(
+                f"policy.kind soft_q needs a package that is not installed ({error}): pip install "
+                "holdfast[bellman]"
+            ) from error
+        return _assembled(recipe, *assemble_bellman(recipe, accelerator, say))
     for name, spec in recipe.objectives.items():
         if isinstance(spec, OnPolicySpec):
             check(name, spec, recipe.policy)
@@ -183,13 +198,10 @@ def assemble(
 
 def _assembled(
     recipe: Recipe,
-    policy: LanguagePolicy | ActorCritic,
+    policy: TrainedPolicy,
     objectives: dict[str, Objective],
     digests: dict[str, str],
 ) -> Assembly:
-    if isinstance(policy, ActorCritic):
-        weights = policy.fingerprint()
-        digests = {name: _digest(weights, digest) for name, digest in digests.items()}
     everything = _digest(recipe.fingerprint(), *digests.values())
     keys = {name: _digest(alone(recipe, name).fingerprint(), digests[name]) for name in objectives}
     return Assembly(policy, objectives, everything, keys)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -51,17 +50,15 @@ EVALUATION_SEED = 0
 PROBE_SEED = 1
 
 
-@dataclass
-class ControlAssembly:
-    """Policy and objectives, and a digest of the data behind each."""
-
-    policy: ActorCritic
-    objectives: dict[str, Objective]
-    digests: dict[str, str]
-
-
-def assemble_control(recipe: schema.Recipe, accelerator: Accelerator, say: Say) -> ControlAssembly:
+def assemble_control(
+    recipe: schema.Recipe, accelerator: Accelerator, say: Say
+) -> tuple[ActorCritic, dict[str, Objective], dict[str, str]]:
     """Load demonstrations, make environments and build the policy.
+
+    Returns
+    -------
+    tuple
+        Policy and critic, objectives, and per objective a digest of policy and data.
 
     Raises
     ------
@@ -101,15 +98,15 @@ def assemble_control(recipe: schema.Recipe, accelerator: Accelerator, say: Say) 
         )
     policy = ActorCritic(actor, critic).to(accelerator.device)
     objectives = {}
-    digests = {}
+    start = policy.fingerprint()
+    digests = dict.fromkeys(recipe.objectives, start)
     for name, objective in recipe.objectives.items():
         if isinstance(objective, schema.CloningSpec):
             objectives[name] = _cloning(name, objective, policy, read[name], seed)
-            digests[name] = _digest(read[name])
+            digests[name] = _digest(start, read[name])
         elif isinstance(objective, schema.ControlRlSpec):
             objectives[name] = _acting(name, objective, policy, environments[name], seed)
-            digests[name] = ""
-    return ControlAssembly(policy, objectives, digests)
+    return policy, objectives, digests
 
 
 # Demonstrations and environments ------------------------------------------------------------------
@@ -333,8 +330,8 @@ def _acting(
     )
 
 
-def _digest(demonstrations: Demonstrations) -> str:
-    digest = hashlib.sha256()
+def _digest(start: str, demonstrations: Demonstrations) -> str:
+    digest = hashlib.sha256(start.encode())
     for episode in demonstrations:
         digest.update(np.ascontiguousarray(episode.observations).data)
         digest.update(np.ascontiguousarray(episode.actions).data)

@@ -17,9 +17,7 @@ from holdfast.errors import RecipeError, nearest
 from holdfast.schema import (
     AnyObjective,
     AnySchedule,
-    CloningSpec,
     LanguagePolicySpec,
-    ObjectiveSpec,
     OnPolicySpec,
     Recipe,
     ResidualSpec,
@@ -152,7 +150,7 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
     objectives = {}
     for name, objective in recipe.objectives.items():
         update: dict[str, Any] = {}
-        if isinstance(objective, ObjectiveSpec | CloningSpec):
+        if hasattr(objective, "data"):
             files = {
                 entry: local(getattr(objective.data, entry))
                 for entry in ("path", "held_out_path")
@@ -256,9 +254,16 @@ def _message(entry: Any, file: Path, lines: Mapping[str, int]) -> str:
     return f"{place}: {where}: {text}" if where else f"{place}: {text}"
 
 
-_TAGS = {"str", "tuple[str, ...]", "language", "gaussian", "diffusion", "residual", "saved"} | {
-    name for spec in (*kinds(AnyObjective), *kinds(AnySchedule)) for name in names_of(spec)
-}
+_TAGS = {
+    "str",
+    "tuple[str, ...]",
+    "language",
+    "gaussian",
+    "diffusion",
+    "residual",
+    "saved",
+    "soft_q",
+} | {name for spec in (*kinds(AnyObjective), *kinds(AnySchedule)) for name in names_of(spec)}
 
 _SHAPES = {
     "model_type": "a mapping of entries",

@@ -23,6 +23,7 @@ for domain in ("language", "control", "bellman", "report"):
 for part in (
     "schema",
     "recipe",
+    "assemble_bellman",
     "assemble_control",
     "assemble_on_policy",
     "assemble",

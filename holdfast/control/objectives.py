@@ -16,9 +16,9 @@ from holdfast.control.environments import VectorEnvironment, evaluate
 from holdfast.control.losses import dppo, ppo, value_loss
 from holdfast.control.losses.cloning import denoising, mse, nll
 from holdfast.control.policies import DiffusionPolicy, GaussianPolicy
-from holdfast.control.table import Table
 from holdfast.joint.batches import Batches
 from holdfast.joint.objective import LossTerms
+from holdfast.joint.table import Table
 
 CloningLoss = Literal["nll", "mse", "denoising"]
 

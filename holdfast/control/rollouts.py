@@ -15,7 +15,7 @@ from holdfast.control.actor_critic import ActorCritic
 from holdfast.control.environments import VectorEnvironment
 from holdfast.control.losses import generalized_advantage, normalize_advantages
 from holdfast.control.statistics import RunningScale, ValueNormalizer
-from holdfast.control.table import Table
+from holdfast.joint.table import Table
 
 
 @dataclass(frozen=True)

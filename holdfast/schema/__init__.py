@@ -3,6 +3,13 @@
 A recipe is validated whole, and without importing torch, before anything is loaded.
 """
 
+from holdfast.schema.bellman import (
+    AnchorSpec,
+    BellmanSpec,
+    ChoiceSpec,
+    DecisionSpec,
+    SoftQSpec,
+)
 from holdfast.schema.combiner import CombinerSpec
 from holdfast.schema.control import (
     CloningSpec,
@@ -54,8 +61,11 @@ from holdfast.schema.schedules import (
 __all__ = [
     "AdaptiveInterleaveSpec",
     "AlrightSpec",
+    "AnchorSpec",
     "AnyObjective",
     "AnySchedule",
+    "BellmanSpec",
+    "ChoiceSpec",
     "CispoSpec",
     "ClippedSpec",
     "CloningSpec",
@@ -65,6 +75,7 @@ __all__ = [
     "ControlSpec",
     "DapoSpec",
     "DataSpec",
+    "DecisionSpec",
     "DiffusionSpec",
     "DpoSpec",
     "DppoSpec",
@@ -97,6 +108,7 @@ __all__ = [
     "RewardedSpec",
     "SavedSpec",
     "SequentialSpec",
+    "SoftQSpec",
     "StageSpec",
     "TokenizerSpec",
     "TrainedSpec",

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from holdfast.errors import nearest
 from holdfast.schema.base import Spec
+from holdfast.schema.bellman import AnchorSpec, BellmanSpec, ChoiceSpec, DecisionSpec, SoftQSpec
 from holdfast.schema.combiner import CombinerSpec
 from holdfast.schema.control import (
     CloningSpec,
@@ -23,7 +24,7 @@ from holdfast.schema.control import (
     ResidualSpec,
     SavedSpec,
 )
-from holdfast.schema.objectives import DpoSpec, NllSpec
+from holdfast.schema.objectives import DpoSpec, NllSpec, ObjectiveSpec
 from holdfast.schema.on_policy import (
     CispoSpec,
     DapoSpec,
@@ -106,7 +107,10 @@ AnyObjective = Annotated[
     | MinillmSpec
     | CloningSpec
     | ControlPpoSpec
-    | DppoSpec,
+    | DppoSpec
+    | BellmanSpec
+    | ChoiceSpec
+    | AnchorSpec,
     Field(discriminator="kind"),
 ]
 
@@ -119,6 +123,7 @@ def _policy_kind(value: Any) -> str:
 
 AnyPolicy = Annotated[
     Annotated[LanguagePolicySpec, Tag("language")]
+    | Annotated[SoftQSpec, Tag("soft_q")]
     | Annotated[GaussianSpec, Tag("gaussian")]
     | Annotated[DiffusionSpec, Tag("diffusion")]
     | Annotated[ResidualSpec, Tag("residual")]
@@ -139,6 +144,13 @@ def kinds(union: Any) -> tuple[type[BaseModel], ...]:
 def names_of(spec: type[BaseModel]) -> tuple[str, ...]:
     """What ``kind`` may be in a recipe for this spec."""
     return get_args(spec.model_fields["kind"].annotation)
+
+
+_FITTING: dict[type[Spec], tuple[type[Spec], ...]] = {
+    LanguagePolicySpec: (ObjectiveSpec,),
+    SoftQSpec: (DecisionSpec,),
+}
+"""Which objectives train a kind of policy; those of control train all others."""
 
 
 class Recipe(Spec):
@@ -172,9 +184,9 @@ class Recipe(Spec):
                         "known": ", ".join(self.objectives),
                     },
                 )
-        language = isinstance(self.policy, LanguagePolicySpec)
+        fitting = _FITTING.get(type(self.policy), (CloningSpec, ControlRlSpec))
         for name, objective in self.objectives.items():
-            if isinstance(objective, CloningSpec | ControlRlSpec) == language:
+            if not isinstance(objective, fitting):
                 raise PydanticCustomError(
                     "wrong_policy",
                     "is {kind}, which does not train a policy of kind {policy}",

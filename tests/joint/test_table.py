@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from holdfast.control.table import Table
+from holdfast.joint.table import Table
 
 
 def table(rows=5):
