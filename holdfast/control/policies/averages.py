@@ -1,4 +1,4 @@
-"""An exponential moving average of a network's weights."""
+"""Copies of a network that are not trained, and one that follows it slowly."""
 
 from __future__ import annotations
 
@@ -7,6 +7,20 @@ import math
 
 import torch
 from torch import Tensor, nn
+
+
+def untrained_copy(network: nn.Module) -> nn.Module:
+    """A copy whose weights are buffers: no optimiser sees them, and every checkpoint holds them.
+
+    A checkpoint has what is trained, and buffers. It leaves frozen parameters out, since those are
+    read again from where they came from; but a copy that moves comes from nowhere else.
+    """
+    copied = copy.deepcopy(network)
+    for module in copied.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            module.register_buffer(name, parameter.detach().clone())
+    return copied
 
 
 class ExponentialAverage(nn.Module):
@@ -37,7 +51,7 @@ class ExponentialAverage(nn.Module):
         if not (math.isfinite(decay) and 0.0 <= decay < 1.0):
             raise ValueError(f"decay is {decay}: it must lie in [0, 1)")
         self.decay = decay
-        self.network = copy.deepcopy(network).requires_grad_(False)
+        self.network = untrained_copy(network)
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
@@ -45,6 +59,7 @@ class ExponentialAverage(nn.Module):
         """Move towards the weights of ``network``; call it after every step of the optimiser."""
         done = int(self.updates)
         decay = min(self.decay, done / (done + 10))
-        for average, present in zip(self.network.parameters(), network.parameters(), strict=True):
-            average.lerp_(present, 1.0 - decay)
+        averages = dict(self.network.named_buffers())
+        for name, present in network.named_parameters():
+            averages[name].lerp_(present, 1.0 - decay)
         self.updates += 1

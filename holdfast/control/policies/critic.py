@@ -53,6 +53,7 @@ class Critic(nn.Module):
         super().__init__()
         check_sizes(observation_size=observation_size, history=history)
         self.shape = (history, observation_size)
+        self.structure = {"hidden": list(hidden), "activation": activation}
         self.observations = normalizer_of("observations", observations, observation_size)
         self.network = MLP(
             history * observation_size,
@@ -119,6 +120,7 @@ class TwinQ(nn.Module):
         self.chunk_shape = (horizon, action_size)
         self.observations = normalizer_of("observations", observations, observation_size)
         self.actions = normalizer_of("actions", actions, action_size)
+        self.structure = {"hidden": list(hidden), "activation": activation}
         generator = torch.Generator().manual_seed(seed)
         self.networks = nn.ModuleList(
             MLP(
