@@ -280,7 +280,8 @@ def _acting(
 ) -> Objective:
     denoising = isinstance(spec, schema.DppoSpec)
     options = RolloutOptions(
-        denoising=denoising, **spec.model_dump(include=set(RolloutOptions.__annotations__))
+        rows="denoising" if denoising else "decisions",
+        **spec.model_dump(include=set(RolloutOptions.__annotations__)),
     )
     source = EnvironmentRollouts(policy, environments, options, seed=seed)
     if spec.batch_size > source.rows:

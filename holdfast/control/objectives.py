@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from holdfast.control.acting import acting
 from holdfast.control.actor_critic import ActorCritic
+from holdfast.control.cloning import CloningLoss, draw_noise
 from holdfast.control.demonstrations import Chunks
 from holdfast.control.environments import VectorEnvironment, evaluate
 from holdfast.control.losses import dppo, ppo, value_loss
@@ -19,9 +20,6 @@ from holdfast.control.policies import DiffusionPolicy, GaussianPolicy
 from holdfast.joint.batches import Batches
 from holdfast.joint.objective import LossTerms
 from holdfast.joint.table import Table
-
-CloningLoss = Literal["nll", "mse", "denoising"]
-
 
 # Imitation ----------------------------------------------------------------------------------------
 
@@ -78,10 +76,7 @@ def demonstrated(
     """Rows of demonstrations ``indices`` ``(count,)``, with noise for a diffusion policy."""
     columns = chunks.gather(indices)._asdict()
     if diffusion is not None:
-        steps: Literal["all", "fine-tuned"] = "fine-tuned" if diffusion.fine_tuning else "all"
-        columns["timesteps"], columns["noise"] = diffusion.draw_noise(
-            len(indices), generator, steps=steps
-        )
+        columns |= draw_noise(diffusion, len(indices), generator)
     return Table(columns)
 
 
@@ -227,7 +222,7 @@ class EpisodeEvaluation:
 
     def __call__(self, policy: nn.Module, rows: Sequence[int]) -> LossTerms:
         assert isinstance(policy, ActorCritic)
-        act = acting(policy.actor, seed=self.seed)
+        act = acting(policy.behaviour, seed=self.seed)
         found = evaluate(act, self.environments, len(rows), self.seed)
         metrics = {
             "reward": torch.tensor(found.returns.sum()),

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from holdfast.control.actor_critic import ActorCritic
+from holdfast.control.cloning import draw_noise
+from holdfast.control.collecting import Collector
 from holdfast.control.environments import VectorEnvironment
 from holdfast.control.losses import generalized_advantage, normalize_advantages
 from holdfast.control.statistics import RunningScale, ValueNormalizer
@@ -27,7 +28,7 @@ class RolloutOptions:
     steps : int
         Chunks of actions in every environment of a batch of rollouts.
     batch_size : int
-        Rows of an update: chunks of actions, or single denoising steps where ``denoising``.
+        Rows of an update.
     epochs : int
         Passes over a batch of rollouts.
     discount, trace : float
@@ -39,8 +40,9 @@ class RolloutOptions:
         Batches of rollouts on which the critic alone is trained.
     target_kl : float, optional
         Once an update moved the policy by more than this, in nats, the rollouts are used no more.
-    denoising : bool
-        Rows are denoising steps of a diffusion policy.
+    rows : str
+        What an update learns from: whole ``decisions``, single ``denoising`` steps of a diffusion
+        policy, or the ``actions`` that were carried out, to clone them.
     """
 
     steps: int
@@ -53,7 +55,7 @@ class RolloutOptions:
     scale_rewards: bool = False
     critic_warmup: int = 2
     target_kl: float | None = None
-    denoising: bool = False
+    rows: Literal["decisions", "denoising", "actions"] = "decisions"
 
 
 class EnvironmentRollouts:
@@ -64,9 +66,10 @@ class EnvironmentRollouts:
     run goes on with them. See :mod:`holdfast.control.environments` for what of an environment is
     restored exactly.
 
-    A batch has the columns ``observations``, ``old_log_probs``, ``advantages``, ``returns``,
-    ``old_values``, and the policy's record (for denoising steps ``before``, ``after`` and
-    ``position``). Returns and values are in the units of the critic.
+    A batch has the columns ``observations``, ``advantages``, ``returns``, ``old_values``, and for
+    decisions ``old_log_probs`` and the policy's record (for denoising steps ``before``, ``after``
+    and ``position``). Actions have ``actions``, ``mask`` and the noise that a diffusion policy is
+    cloned with. Returns and values are in the units of the critic.
 
     Parameters
     ----------
@@ -94,20 +97,25 @@ class EnvironmentRollouts:
         """Batches of rollouts collected so far."""
         self.used = 0
         """Batches that were handed out of the current rollouts."""
-        self.environment_steps = 0
-        """Single actions executed so far, over all environments."""
-        self._generator = torch.Generator().manual_seed(seed)
+        self._collector = Collector(policy, environments, seed=seed)
         self._values = ValueNormalizer()
         self._scale = RunningScale(environments.count, discount=options.discount)
-        self._observations: np.ndarray[Any, Any] | None = None
         self._rollouts: Table | None = None
-        self._finished: list[tuple[float, int, bool]] = []
+
+    @property
+    def environment_steps(self) -> int:
+        """Single actions executed so far, over all environments."""
+        return self._collector.environment_steps
 
     @property
     def rows(self) -> int:
         """Rows of a batch of rollouts."""
-        steps = getattr(self.policy.actor, "fine_tuned_steps", 1) if self.options.denoising else 1
+        steps = getattr(self.policy.actor, "fine_tuned_steps", 1) if self._denoising else 1
         return self.options.steps * self.environments.count * steps
+
+    @property
+    def _denoising(self) -> bool:
+        return self.options.rows == "denoising"
 
     @property
     def updates(self) -> int:
@@ -125,11 +133,15 @@ class EnvironmentRollouts:
         order = torch.Generator().manual_seed(hash((self.seed, self.round, epoch)) & (2**62 - 1))
         indices = torch.randperm(self.rows, generator=order)[part * size : (part + 1) * size]
         self.used += 1
-        return (
-            _denoising_steps(self._rollouts, indices)
-            if self.options.denoising
-            else (self._rollouts.take(indices))
-        )
+        if self._denoising:
+            return _denoising_steps(self._rollouts, indices)
+        rows = self._rollouts.take(indices)
+        if self.options.rows == "actions":
+            # The generator has drawn the order, which depends on all that a resumed run knows but
+            # the part.
+            order.manual_seed(order.initial_seed() + 1 + part)
+            rows.columns.update(draw_noise(self.policy.actor, len(rows), order))
+        return rows
 
     def observe(self, approx_kl: float) -> None:
         """Use the rollouts no more, if an update moved the policy too far."""
@@ -139,44 +151,16 @@ class EnvironmentRollouts:
     # Collecting -----------------------------------------------------------------------------------
 
     def _collect(self) -> Table:
-        environments = self.environments
-        if self._observations is None:
-            self._observations = environments.reset()
-        seen, records, results = [], [], []
-        self._finished = []
-        training = self.policy.training
-        self.policy.eval()
-        for _ in range(self.options.steps):
-            observations = torch.from_numpy(self._observations)
-            decision = self.policy.actor.act(observations.to(self.policy.device), self._generator)
-            step = environments.step(decision.actions.cpu().numpy())
-            seen.append(observations.clone())
-            records.append({name: part.cpu() for name, part in decision.record.items()})
-            results.append(step)
-            self.environment_steps += int(step.lengths.sum())
-            for slot in np.flatnonzero(step.ended):
-                self._finished.append(
-                    (
-                        float(step.episode_returns[slot]),
-                        int(step.episode_lengths[slot]),
-                        bool(step.success[slot]),
-                    )
-                )
-            self._observations = step.observations
-        self.policy.train(training)
-
-        def stacked(name: str) -> Tensor:
-            return torch.from_numpy(np.stack([getattr(step, name) for step in results]))
-
-        observations = torch.stack(seen)  # (time, environments, history, size)
-        terminated, truncated = stacked("terminated"), stacked("truncated")
-        rewards = stacked("rewards")
+        experience = self._collector.collect(self.options.steps)
+        seen = experience.columns
+        observations = seen["observations"]  # (time, environments, history, size)
+        terminated, truncated = seen["terminated"], seen["truncated"]
+        rewards = seen["rewards"]
         if self.options.scale_rewards:
             self._scale.update(rewards, terminated | truncated)
             rewards = self._scale.scale(rewards)
-        predicted = self._predicted(observations)
-        values = self._values.denormalize(predicted)
-        after = self._values.denormalize(self._predicted(stacked("final_observations")))
+        values = self._values.denormalize(self._predicted(observations))
+        after = self._values.denormalize(self._predicted(seen["final_observations"]))
         advantages, returns = generalized_advantage(
             rewards,
             values,
@@ -198,12 +182,15 @@ class EnvironmentRollouts:
             "returns": returns,
             "old_values": old_values,
         }
-        for name in records[0]:
-            target = "old_log_probs" if name == "log_probs" else name
-            columns[target] = torch.stack([record[name] for record in records])
+        if self.options.rows == "actions":
+            columns |= {"actions": seen["actions"], "mask": seen["mask"]}
+        else:
+            columns |= experience.record
+            columns["old_log_probs"] = columns.pop("log_probs")
         flat = {name: column.flatten(0, 1) for name, column in columns.items()}
         floats = {k: v.float() if v.is_floating_point() else v for k, v in flat.items()}
-        return Table(floats, self._facts())
+        critic_only = (float(self.round < self.options.critic_warmup), 1.0)
+        return Table(floats, {**self._collector.facts(), "critic_only": critic_only})
 
     def _predicted(self, observations: Tensor) -> Tensor:
         """Of ``(time, environments, history, size)``: ``(time, environments)``."""
@@ -212,45 +199,23 @@ class EnvironmentRollouts:
             found = torch.cat([self.policy.values(part) for part in rows.split(8192)])
         return found.cpu().view(observations.shape[:2])
 
-    def _facts(self) -> dict[str, tuple[float, float]]:
-        facts = {
-            "environment_steps": (float(self.environment_steps), 1.0),
-            "critic_only": (float(self.round < self.options.critic_warmup), 1.0),
-        }
-        if self._finished:
-            returns, lengths, success = zip(*self._finished, strict=True)
-            count = float(len(returns))
-            facts |= {
-                "reward": (sum(returns), count),
-                "episode_length": (float(sum(lengths)), count),
-            }
-            if self.environments.reports_success:
-                facts["success"] = (float(sum(success)), count)
-        return facts
-
     # State ----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        began = self._observations is not None
         return {
             "round": self.round,
             "used": self.used,
-            "environment_steps": self.environment_steps,
-            "generator": self._generator.get_state(),
+            "collector": self._collector.state_dict(),
             "values": self._values.state_dict(),
             "scale": self._scale.state_dict(),
-            "environments": self.environments.state_dict() if began else None,
             "rollouts": None if self._rollouts is None else self._rollouts.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.round, self.used = int(state["round"]), int(state["used"])
-        self.environment_steps = int(state["environment_steps"])
-        self._generator.set_state(state["generator"])
+        self._collector.load_state_dict(state["collector"])
         self._values.load_state_dict(state["values"])
         self._scale.load_state_dict(state["scale"])
-        if state["environments"] is not None:
-            self._observations = self.environments.load_state_dict(state["environments"])
         held = state["rollouts"]
         self._rollouts = None if held is None else Table.from_state(held)
 

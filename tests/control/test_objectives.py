@@ -46,7 +46,7 @@ def source_of(kind, policy, **changes):
         "batch_size": 64,
         "epochs": 4,
         "critic_warmup": 0,
-        "denoising": kind == "diffusion",
+        "rows": "denoising" if kind == "diffusion" else "decisions",
         **changes,
     }
     return EnvironmentRollouts(policy, Target(16), RolloutOptions(**options), seed=0)

@@ -12,6 +12,7 @@ from holdfast.control.policies import Critic, DiffusionPolicy, GaussianPolicy, R
 from holdfast.control.rollouts import EnvironmentRollouts, RolloutOptions
 
 SMALL = (16,)
+ROWS = {"gaussian": "decisions", "residual": "decisions", "diffusion": "denoising"}
 
 
 def build(kind="gaussian", horizon=2):
@@ -35,7 +36,7 @@ def source(policy, world=None, **changes):
 @pytest.mark.parametrize("kind", ["gaussian", "residual", "diffusion"])
 def test_the_ratio_is_one_before_the_first_update(kind):
     policy = build(kind)
-    batch = source(policy, denoising=kind == "diffusion").next()
+    batch = source(policy, rows=ROWS[kind]).next()
     columns = batch.columns
     if kind == "diffusion":
         found = policy.actor.step_log_probs(
@@ -109,14 +110,13 @@ def test_an_update_that_went_too_far_ends_the_use_of_its_rollouts():
 @pytest.mark.parametrize("used", [0, 1, 4])
 def test_a_resumed_source_goes_on_bit_for_bit(kind, used):
     policy = build(kind)
-    denoising = kind == "diffusion"
-    first = source(policy, denoising=denoising, scale_rewards=True)
+    first = source(policy, rows=ROWS[kind], scale_rewards=True)
     for _ in range(used):
         first.next()
     state = copy.deepcopy(first.state_dict())
     # Environments that never began have no state: they are what their seed makes them.
     world = Target(4, seed=99 if used else 0)
-    second = source(policy, world, denoising=denoising, scale_rewards=True)
+    second = source(policy, world, rows=ROWS[kind], scale_rewards=True)
     second.load_state_dict(state)
     for _ in range(14):
         other = second.next()

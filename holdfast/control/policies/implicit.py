@@ -17,7 +17,7 @@ from holdfast.control.policies.normalization import Normalizer
 
 
 class ImplicitPolicy(Policy):
-    """Draws chunks from a cloned policy and chooses among them by what a critic says they are worth.
+    """Draws chunks from a cloned policy, and chooses among them by what a critic makes of them.
 
     Hansen-Estruch et al., "IDQL: Implicit Q-Learning as an Actor-Critic Method with Diffusion
     Policies", algorithm 2. A deterministic decision is the candidate with the largest Q. Otherwise
