@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,14 @@ import torch
 from accelerate import Accelerator
 
 from holdfast import schema
+from holdfast.assemble_control_rl import (
+    EVALUATION_SEED,
+    acting_objective,
+    actor_critic,
+    check_kinds,
+    clone_loss,
+    follow_average,
+)
 from holdfast.control.actor_critic import ActorCritic
 from holdfast.control.demonstrations import (
     Chunks,
@@ -26,28 +35,22 @@ from holdfast.control.environments import (
 from holdfast.control.objectives import (
     Cloning,
     DemonstrationBatches,
-    EpisodeEvaluation,
-    PolicyOptimisation,
     demonstrated,
 )
 from holdfast.control.policies import (
-    Critic,
     DiffusionPolicy,
     GaussianPolicy,
+    ImplicitPolicy,
     Normalizer,
     Policy,
     ResidualPolicy,
     load_policy,
 )
-from holdfast.control.rollouts import EnvironmentRollouts, RolloutOptions
 from holdfast.errors import DataError, RecipeError
 from holdfast.joint import Objective
 from holdfast.joint.objective import Summary
 
 Say = Callable[[str], None]
-EVALUATION_SEED = 0
-"""Of held-out episodes: the same for every run, whatever its own seed."""
-PROBE_SEED = 1
 
 
 def assemble_control(
@@ -68,9 +71,12 @@ def assemble_control(
     """
     assert isinstance(recipe.policy, schema.ControlSpec)
     seed = recipe.training.seed
-    cloning = {n: s for n, s in recipe.objectives.items() if isinstance(s, schema.CloningSpec)}
     acting = {n: s for n, s in recipe.objectives.items() if isinstance(s, schema.ControlRlSpec)}
-    read = {name: _demonstrations(name, spec, say) for name, spec in cloning.items()}
+    data = {name: getattr(spec, "data", None) for name, spec in recipe.objectives.items()}
+    given = {n: found for n, found in data.items() if isinstance(found, schema.DemonstrationSpec)}
+    # Imitation first: its demonstrations are the ones that the normalisation is fitted on.
+    first = sorted(given, key=lambda name: name in acting)
+    read = {name: _demonstrations(name, given[name], say) for name in first}
     history = _history(recipe.policy)
     environments = {n: _environments(n, s, history, seed, say) for n, s in acting.items()}
     _check_sizes(read, environments)
@@ -78,25 +84,15 @@ def assemble_control(
         for worlds in environments.values():
             validate(demonstrations, worlds, clip=True, allow_cut=True)
     actor = _policy(recipe.policy, read, environments, seed)
+    check_kinds(acting, actor)
     for name, spec in acting.items():
-        _check_kind(name, spec, actor)
         if actor.history != environments[name].options.history:
             # A saved policy brings its own.
             environments[name] = _environments(name, spec, actor.history, seed, say)
     if any(isinstance(spec, schema.DppoSpec) for spec in acting.values()):
         assert isinstance(actor.cloned, DiffusionPolicy)
         actor.cloned.begin_fine_tuning()
-    critic = None
-    if acting:
-        options = recipe.policy.critic.model_dump()
-        critic = Critic(
-            actor.observation_size,
-            actor.history,
-            observations=actor.observations,
-            seed=seed,
-            **options,
-        )
-    policy = ActorCritic(actor, critic).to(accelerator.device)
+    policy = actor_critic(actor, acting, recipe.policy.critic, seed).to(accelerator.device)
     objectives = {}
     start = policy.fingerprint()
     digests = dict.fromkeys(recipe.objectives, start)
@@ -105,15 +101,21 @@ def assemble_control(
             objectives[name] = _cloning(name, objective, policy, read[name], seed)
             digests[name] = _digest(start, read[name])
         elif isinstance(objective, schema.ControlRlSpec):
-            objectives[name] = _acting(name, objective, policy, environments[name], seed)
+            own = read.get(name)
+            if own is not None:
+                kept = own.episodes[given[name].held_out + given[name].probe :]
+                own = validate(replace(own, episodes=kept), environments[name], clip=True)
+                digests[name] = _digest(start, own)
+            objectives[name] = acting_objective(
+                name, objective, policy, environments[name], own, seed
+            )
     return policy, objectives, digests
 
 
 # Demonstrations and environments ------------------------------------------------------------------
 
 
-def _demonstrations(name: str, spec: schema.CloningSpec, say: Say) -> Demonstrations:
-    data = spec.data
+def _demonstrations(name: str, data: schema.DemonstrationSpec, say: Say) -> Demonstrations:
     found = read_demonstrations(data.path, observation_keys=data.observation_keys)
     episodes = found.episodes[: data.max_episodes]
     kept = data.held_out + data.probe
@@ -171,7 +173,9 @@ def _policy(
 ) -> Policy:
     options = spec.model_dump(exclude={"kind", "critic", "base"})
     if isinstance(spec, schema.SavedSpec):
-        return load_policy(spec.model_name_or_path)
+        saved = load_policy(spec.model_name_or_path)
+        # What chose among its chunks was of the run that wrote it.
+        return saved.base if isinstance(saved, ImplicitPolicy) else saved
     if isinstance(spec, schema.ResidualSpec):
         return ResidualPolicy(_policy(spec.base, read, environments, seed), seed=seed, **options)
     observations, actions = _normalizers(read, environments)
@@ -207,19 +211,6 @@ def _normalizers(
     return Normalizer.identity(world.observation_size), Normalizer(low, high)
 
 
-def _check_kind(name: str, spec: schema.ControlRlSpec, actor: Policy) -> None:
-    wanted = (
-        isinstance(actor, DiffusionPolicy)
-        if isinstance(spec, schema.DppoSpec)
-        else isinstance(actor, GaussianPolicy | ResidualPolicy)
-    )
-    if not wanted:
-        raise RecipeError(
-            f"objectives.{name}.kind: {spec.kind} does not train a {actor.kind} policy. dppo is "
-            "for diffusion policies, control_ppo for gaussian and residual ones."
-        )
-
-
 # Objectives ---------------------------------------------------------------------------------------
 
 
@@ -232,12 +223,7 @@ def _cloning(
 ) -> Objective:
     actor = policy.actor.cloned
     diffusion = actor if isinstance(actor, DiffusionPolicy) else None
-    kind = spec.loss or ("denoising" if diffusion else "mse")
-    if (kind == "denoising") != (diffusion is not None):
-        raise RecipeError(
-            f"objectives.{name}.loss: {kind} is not for a {actor.kind} policy. denoising is for "
-            "diffusion policies, nll and mse for gaussian ones."
-        )
+    kind = clone_loss(f"objectives.{name}.loss", spec.loss, actor)
 
     def chunks(episodes: tuple[Any, ...]) -> Chunks:
         part = Demonstrations(episodes, demonstrations.source)
@@ -255,8 +241,7 @@ def _cloning(
     train = episodes[held_out + probe :]
 
     def observed(summary: Summary) -> float:
-        if diffusion is not None and not diffusion.fine_tuning:
-            diffusion.update_average()
+        follow_average(actor)
         return summary.loss
 
     return Objective(
@@ -266,66 +251,6 @@ def _cloning(
         observed=observed,
         held_out=kept(episodes[:held_out]),
         probe=kept(episodes[held_out : held_out + probe]),
-        optimum=spec.optimum if isinstance(spec.optimum, float) else None,
-        micro_batch_size=spec.micro_batch_size,
-    )
-
-
-def _acting(
-    name: str,
-    spec: schema.ControlRlSpec,
-    policy: ActorCritic,
-    environments: VectorEnvironment,
-    seed: int,
-) -> Objective:
-    denoising = isinstance(spec, schema.DppoSpec)
-    options = RolloutOptions(
-        rows="denoising" if denoising else "decisions",
-        **spec.model_dump(include=set(RolloutOptions.__annotations__)),
-    )
-    source = EnvironmentRollouts(policy, environments, options, seed=seed)
-    if spec.batch_size > source.rows:
-        raise RecipeError(
-            f"objectives.{name}.batch_size is {spec.batch_size}, more than the {source.rows} rows "
-            f"of a batch of rollouts (steps {spec.steps} times {environments.count} environments"
-            f"{' times the denoising steps' if denoising else ''})"
-        )
-    loss = PolicyOptimisation(spec.epsilon, spec.vf_coef, spec.value_clip)
-    if isinstance(spec, schema.DppoSpec):
-        actor = policy.actor
-        assert isinstance(actor, DiffusionPolicy)
-        loss.fine_tuned_steps = actor.fine_tuned_steps
-        loss.epsilon_base, loss.rate = spec.epsilon_base, spec.rate
-        loss.denoising_discount = spec.denoising_discount
-        if spec.log_ratio == "mean":
-            loss.dimensions = actor.horizon * actor.action_size
-    score = spec.score or ("success" if spec.environment.sparse else "return")
-
-    def episodes(evaluation_seed: int) -> EpisodeEvaluation:
-        worlds = make_environments(
-            spec.environment.name, environments.count, seed=seed, options=environments.options
-        )
-        return EpisodeEvaluation(worlds, score, evaluation_seed)
-
-    evaluations = {EVALUATION_SEED: episodes(EVALUATION_SEED), PROBE_SEED: episodes(PROBE_SEED)}
-
-    def evaluate(module: Any, rows: Any) -> Any:
-        # Rows are (set of episodes, number): those of the gap are not those of the evaluation.
-        return evaluations[rows[0][0]](module, [number for _, number in rows])
-
-    def observed(summary: Summary) -> float | None:
-        source.observe(summary.metrics["approx_kl"])
-        seen = summary.metrics.get("success" if score == "success" else "reward")
-        return None if seen is None else -seen
-
-    return Objective(
-        name=name,
-        loss=loss,
-        source=source,
-        evaluate=evaluate,
-        observed=observed,
-        held_out=[(EVALUATION_SEED, number) for number in range(spec.episodes)],
-        probe=[(PROBE_SEED, number) for number in range(spec.probe_episodes)],
         optimum=spec.optimum if isinstance(spec.optimum, float) else None,
         micro_batch_size=spec.micro_batch_size,
     )

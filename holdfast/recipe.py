@@ -150,14 +150,16 @@ def _resolve(recipe: Recipe, folder: Path) -> Recipe:
     objectives = {}
     for name, objective in recipe.objectives.items():
         update: dict[str, Any] = {}
-        if hasattr(objective, "data"):
+        data = getattr(objective, "data", None)
+        if data is not None:
             files = {
-                entry: local(getattr(objective.data, entry))
+                entry: local(getattr(data, entry))
                 for entry in ("path", "held_out_path")
-                if hasattr(objective.data, entry)
+                if hasattr(data, entry)
             }
-            update["data"] = objective.data.model_copy(update=files)
-        for entry in ("reference", "teacher_model_name_or_path", "log_probability_model"):
+            update["data"] = data.model_copy(update=files)
+        named = ("reference", "teacher_model_name_or_path", "log_probability_model")
+        for entry in (*named, "folder"):
             if hasattr(objective, entry):
                 update[entry] = local(getattr(objective, entry))
         if isinstance(objective, RewardedSpec) and objective.preference is not None:

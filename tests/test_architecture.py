@@ -24,6 +24,7 @@ for part in (
     "schema",
     "recipe",
     "assemble_bellman",
+    "assemble_control_rl",
     "assemble_control",
     "assemble_on_policy",
     "assemble",

@@ -60,7 +60,7 @@ class ActorCritic(nn.Module):
         return found
 
     def qs(self, observations: Tensor, actions: Tensor, *, target: bool = False) -> Tensor:
-        """``(2, batch)``: of chunks ``(batch, horizon, action_size)``; ``target``: by the slow copy."""
+        """``(2, batch)``: of chunks ``(batch, horizon, action_size)``. Target: the slow copy's."""
         network = self.target_q if target else self.q
         if network is None:
             raise ValueError("this policy has no critic of actions")

@@ -17,6 +17,7 @@ from holdfast.control.environments import VectorEnvironment, evaluate
 from holdfast.control.losses import dppo, ppo, value_loss
 from holdfast.control.losses.cloning import denoising, mse, nll
 from holdfast.control.policies import DiffusionPolicy, GaussianPolicy
+from holdfast.control.regularisation import Regularisation
 from holdfast.joint.batches import Batches
 from holdfast.joint.objective import LossTerms
 from holdfast.joint.table import Table
@@ -134,6 +135,8 @@ class PolicyOptimisation:
         See :func:`~holdfast.control.losses.dppo`.
     dimensions : int
         What log-ratios of denoising steps are divided by.
+    regularisation : Regularisation, optional
+        A cloning term; batches are then :class:`~holdfast.control.regularisation.Accompanied`.
     """
 
     epsilon: float = 0.2
@@ -144,19 +147,22 @@ class PolicyOptimisation:
     rate: float = 3.0
     denoising_discount: float = 0.99
     dimensions: int = 1
+    regularisation: Regularisation | None = None
 
     def __call__(self, policy: nn.Module, rows: Sequence[Any]) -> LossTerms:
         assert isinstance(rows, Table)
         # The ratio of a policy that is not trained yet is known to be 1.
         critic_only = bool(rows.facts.get("critic_only", (0.0, 1.0))[0])
 
-        def read(inner: ActorCritic) -> tuple[Tensor, Tensor]:
+        def read(inner: ActorCritic) -> tuple[Tensor, Tensor, Tensor | None]:
             columns = rows.to(inner.device).columns
             with torch.set_grad_enabled(torch.is_grad_enabled() and not critic_only):
                 log_probs = self._log_probs(inner, columns)
-            return log_probs, inner.values(columns["observations"])
+                beside = self.regularisation
+                cloned = None if beside is None else beside.losses(inner.actor, columns)
+            return log_probs, inner.values(columns["observations"]), cloned
 
-        log_probs, values = policy(read)
+        log_probs, values, cloned = policy(read)
         columns = rows.to(log_probs.device).columns
         terms = self._surrogate(log_probs, columns)
         error = value_loss(
@@ -171,7 +177,10 @@ class PolicyOptimisation:
             **error.metrics,
             "value_loss": error.total.detach(),
         }
-        return LossTerms(terms.total + self.vf_coef * error.total, terms.count, metrics)
+        whole = LossTerms(terms.total + self.vf_coef * error.total, terms.count, metrics)
+        if self.regularisation is None or cloned is None:
+            return whole
+        return self.regularisation.add(whole, cloned)
 
     def _log_probs(self, inner: ActorCritic, columns: Mapping[str, Tensor]) -> Tensor:
         if self.fine_tuned_steps is None:

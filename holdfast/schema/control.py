@@ -1,10 +1,10 @@
-"""Control: policies, environments, and the objectives that train one in the other."""
+"""Control: policies, environments, demonstrations and their imitation."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from holdfast.schema.base import Spec
 from holdfast.schema.objectives import TrainedSpec
@@ -118,66 +118,3 @@ class CloningSpec(TrainedSpec):
     @property
     def has_probe(self) -> bool:
         return self.data.probe > 0
-
-
-class ControlRlSpec(TrainedSpec):
-    """Reinforcement learning in an environment."""
-
-    held_out_entry: ClassVar[str] = "episodes"
-    probe_entry: ClassVar[str] = "probe_episodes"
-
-    kind: str
-    environment: EnvironmentSpec
-    steps: int = Field(128, ge=1, description="chunks in each environment of a batch of rollouts")
-    batch_size: int = Field(1024, ge=1, description="rows an optimiser step takes")
-    epochs: int = Field(8, ge=1, description="passes over a batch of rollouts")
-    discount: float = Field(0.99, ge=0, le=1, description="per chunk")
-    trace: float = Field(0.95, ge=0, le=1)
-    epsilon: float = Field(0.2, gt=0, description="how far the ratio may leave 1")
-    vf_coef: float = Field(0.5, gt=0)
-    value_clip: float | None = Field(None, gt=0)
-    normalize_advantages: bool = True
-    normalize_values: bool = True
-    scale_rewards: bool = False
-    critic_warmup: int = Field(2, ge=0, description="batches of rollouts for the critic alone")
-    target_kl: float | None = Field(None, gt=0)
-    episodes: int = Field(50, ge=0, description="of an evaluation, on fixed seeds")
-    probe_episodes: int = Field(0, ge=0, description="of a schedule's gap")
-    score: Literal["success", "return"] | None = Field(
-        None, description="what is evaluated; null: success where rewards are sparse"
-    )
-
-    @property
-    def has_held_out(self) -> bool:
-        return self.episodes > 0
-
-    @property
-    def has_probe(self) -> bool:
-        return self.probe_episodes > 0
-
-
-class ControlPpoSpec(ControlRlSpec):
-    """PPO on chunks of actions of a Gaussian policy, or of the residual of a residual one."""
-
-    kind: Literal["control_ppo"] = "control_ppo"
-
-
-class DppoSpec(ControlRlSpec):
-    """DPPO: PPO on the last denoising steps of a diffusion policy."""
-
-    kind: Literal["dppo"] = "dppo"
-    epsilon: float = Field(0.01, gt=0, description="at the last denoising step")
-    epsilon_base: float = Field(0.001, gt=0, description="at the noisiest")
-    rate: float = Field(3.0, gt=0, description="how steeply the one becomes the other")
-    denoising_discount: float = Field(0.99, ge=0, le=1)
-    log_ratio: Literal["mean", "sum"] = Field(
-        "mean", description="over the numbers of a chunk; the default epsilons are for the mean"
-    )
-
-    @model_validator(mode="after")
-    def _ordered(self) -> DppoSpec:
-        if self.epsilon_base > self.epsilon:
-            raise ValueError(
-                f"epsilon_base is {self.epsilon_base}: it must not be above epsilon, {self.epsilon}"
-            )
-        return self

@@ -16,13 +16,18 @@ from holdfast.schema.bellman import AnchorSpec, BellmanSpec, ChoiceSpec, Decisio
 from holdfast.schema.combiner import CombinerSpec
 from holdfast.schema.control import (
     CloningSpec,
-    ControlPpoSpec,
-    ControlRlSpec,
     DiffusionSpec,
-    DppoSpec,
     GaussianSpec,
     ResidualSpec,
     SavedSpec,
+)
+from holdfast.schema.control_rl import (
+    AwrSpec,
+    ControlPpoSpec,
+    ControlRlSpec,
+    DipoSpec,
+    DppoSpec,
+    IdqlSpec,
 )
 from holdfast.schema.objectives import DpoSpec, NllSpec, ObjectiveSpec
 from holdfast.schema.on_policy import (
@@ -108,6 +113,9 @@ AnyObjective = Annotated[
     | CloningSpec
     | ControlPpoSpec
     | DppoSpec
+    | IdqlSpec
+    | AwrSpec
+    | DipoSpec
     | BellmanSpec
     | ChoiceSpec
     | AnchorSpec,
