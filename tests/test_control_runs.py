@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,9 @@ def demos(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("demos") / "demos.npz"
     worlds = make_environments(NAME, 4, options=EnvironmentOptions(sparse=True))
     write_demonstrations(record(scripted_expert(NAME), worlds, 4, seed=1), path)
+    found = record(scripted_expert(NAME), worlds, 2, seed=1)
+    dense = tuple(replace(each, rewards=each.rewards - 0.5) for each in found)
+    write_demonstrations(replace(found, episodes=dense), path.with_name("dense.npz"))
     return path
 
 
@@ -55,6 +59,7 @@ def demos(tmp_path_factory) -> Path:
 def write(tmp_path, demos, monkeypatch):
     monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "cache"))
     shutil.copy(demos, tmp_path / "demos.npz")
+    shutil.copy(demos.with_name("dense.npz"), tmp_path / "dense.npz")
 
     def write_recipe(policy, schedule, objectives, *, name="run", steps=12, **more):
         values = {
@@ -79,10 +84,43 @@ def lines(run, kind):
 
 
 INTERLEAVE = {"kind": "interleave", "first": "il", "second": "rl", "ratio": 2}
+WORLD = {"name": NAME, "count": 4, "sparse": True}
+REPLAY = {
+    "environment": WORLD,
+    "steps": 4,
+    "updates": 3,
+    "batch_size": 16,
+    "capacity": 40,
+    "critic_warmup": 1,
+    "episodes": 4,
+}
+IDQL = {**REPLAY, "kind": "idql", "candidates": 3}
+AWR = {
+    "kind": "awr",
+    **{name: RL[name] for name in ("environment", "steps", "batch_size", "epochs", "episodes")},
+    "critic_warmup": 1,
+}
+DEMOS = {"path": "demos.npz", "held_out": 1}
 POLICIES = {
     "gaussian": (GAUSSIAN, RL),
     "residual": ({"kind": "residual", "base": GAUSSIAN, "critic": {"hidden": [16]}}, RL),
     "diffusion": (DIFFUSION, {**RL, "kind": "dppo"}),
+}
+CLONING = {
+    "idql": (GAUSSIAN, IDQL),
+    "idql and demonstrations": (DIFFUSION, {**IDQL, "data": DEMOS}),
+    "awr": (DIFFUSION, AWR),
+    "dipo": (GAUSSIAN, {**REPLAY, "kind": "dipo", "action_rate": 0.01, "data": DEMOS}),
+    "ppo and demonstrations": (GAUSSIAN, {**RL, "cloning": {"weight": 0.5}, "data": DEMOS}),
+    "dppo and teacher": (
+        DIFFUSION,
+        {
+            **RL,
+            "kind": "dppo",
+            "critic_warmup": 0,
+            "cloning": {"weight": 0.5, "of": "teacher"},
+        },
+    ),
 }
 
 
@@ -108,6 +146,33 @@ def test_imitation_is_interleaved_into_reinforcement_learning(write, kind, combi
         assert isinstance(saved, ResidualPolicy)
 
 
+@pytest.mark.parametrize("kind", CLONING)
+def test_what_clones_its_own_data_is_trained_and_evaluated(write, kind):
+    policy, rl = CLONING[kind]
+    run = runs.train(write(policy, {"kind": "mix", "weights": {"rl": 1.0}}, {"rl": rl}))
+    trained = [line["objectives"]["rl"] for line in lines(run, "train")]
+    assert len(trained) == 12 and all(math.isfinite(seen["loss"]) for seen in trained)
+    metrics = trained[-1]["metrics"]
+    assert metrics["critic_only"] == 0.0 and metrics["environment_steps"] > 100
+    wanted = {"idql": "value_loss", "dipo": "q_loss", "awr": "weight"}.get(kind.split()[0])
+    assert (wanted or f"cloning/{kind.split()[-1]}") in metrics
+    assert lines(run, "eval")[-1]["objectives"]["rl"]["count"] == 4
+    assert load_policy(run / "model").kind == ("implicit" if "idql" in kind else policy["kind"])
+
+
+def test_a_policy_that_chooses_is_trained_further_without_its_choice(write, tmp_path):
+    alone = {"kind": "mix", "weights": {"rl": 1.0}}
+    first = runs.train(write(GAUSSIAN, alone, {"rl": IDQL}, name="first"))
+    saved = {"kind": "saved", "model_name_or_path": str(first / "model"), "critic": {"hidden": [8]}}
+    run = runs.train(write(saved, alone, {"rl": RL}, name="second", steps=1))
+    assert load_policy(run / "model").kind == "gaussian"
+
+
+def test_an_average_of_weights_is_resumed(write):
+    """Imitation alone of a diffusion policy, whose average is not trained but moves."""
+    _resumes(write, DIFFUSION, {"kind": "mix", "weights": {"il": 1.0}}, {"il": IMITATION})
+
+
 def test_a_cloned_policy_is_fine_tuned_from_where_it_was_saved(write, tmp_path):
     alone = {"kind": "mix", "weights": {"il": 1.0}}
     bc = runs.train(write(GAUSSIAN, alone, {"il": IMITATION}, name="bc", steps=40))
@@ -126,12 +191,15 @@ def test_a_cloned_policy_is_fine_tuned_from_where_it_was_saved(write, tmp_path):
     assert any(not torch.equal(p, moved[name]) for name, p in before.named_parameters())
 
 
-@pytest.mark.parametrize("kind", POLICIES)
+@pytest.mark.parametrize("kind", [*POLICIES, *CLONING])
 def test_a_run_on_half_used_rollouts_resumes_bit_for_bit(write, kind):
-    policy, rl = POLICIES[kind]
-    objectives = {"il": IMITATION, "rl": rl}
-    whole = runs.train(write(policy, INTERLEAVE, objectives, name="whole"))
-    cut = runs.train(write(policy, INTERLEAVE, objectives, name="cut"))
+    policy, rl = {**POLICIES, **CLONING}[kind]
+    _resumes(write, policy, INTERLEAVE, {"il": IMITATION, "rl": rl})
+
+
+def _resumes(write, policy, schedule, objectives):
+    whole = runs.train(write(policy, schedule, objectives, name="whole"))
+    cut = runs.train(write(policy, schedule, objectives, name="cut"))
     # As if it had been killed after the checkpoint of step 8, in the midst of a batch of rollouts.
     shutil.rmtree(cut / "model")
     for checkpoint in (cut / "checkpoints").iterdir():
@@ -144,6 +212,13 @@ def test_a_run_on_half_used_rollouts_resumes_bit_for_bit(write, kind):
     assert one.keys() == two.keys()
     for name in one:
         assert torch.equal(one[name], two[name]), name
+    final = [
+        load_file(run / "checkpoints" / "step-00000012" / "policy.safetensors")
+        for run in (whole, resumed)
+    ]
+    assert final[0].keys() == final[1].keys()
+    for name in final[0]:
+        assert torch.equal(final[0][name], final[1][name]), name
 
 
 @pytest.mark.parametrize(
@@ -171,6 +246,52 @@ def test_a_run_on_half_used_rollouts_resumes_bit_for_bit(write, kind):
             "point-mas",
         ),
         (
+            {"kind": "residual", "base": GAUSSIAN},
+            {"rl": IDQL},
+            RecipeError,
+            "idql does not train a residual policy. It is for gaussian and diffusion policies; "
+            "control_ppo would",
+        ),
+        (GAUSSIAN, {"rl": IDQL, "more": RL}, RecipeError, "which more would train on another"),
+        (GAUSSIAN, {"rl": {**AWR, "batch_size": 99}}, RecipeError, "more than the 32 rows"),
+        (
+            GAUSSIAN,
+            {"rl": {**AWR, "loss": "denoising"}},
+            RecipeError,
+            "rl.loss: denoising is not for a gaussian",
+        ),
+        (
+            DIFFUSION,
+            {
+                "rl": {
+                    **RL,
+                    "kind": "dppo",
+                    "cloning": {"weight": 1, "of": "teacher", "loss": "mse"},
+                }
+            },
+            RecipeError,
+            "rl.cloning.loss: mse is not for a diffusion",
+        ),
+        (
+            {"kind": "residual", "base": GAUSSIAN},
+            {"rl": {**RL, "cloning": {"weight": 1, "of": "teacher"}}},
+            RecipeError,
+            "rl.cloning: reinforcement learning trains the residual",
+        ),
+        (
+            GAUSSIAN,
+            {"rl": {**IDQL, "data": DEMOS, "demonstration_share": 0.01}},
+            RecipeError,
+            "0 rows: both parts",
+        ),
+        (GAUSSIAN, {"rl": {**IDQL, "folder": "./nowhere"}}, RecipeError, "rl.folder: no files"),
+        (
+            GAUSSIAN,
+            {"rl": {**IDQL, "data": {"path": "dense.npz"}}},
+            DataError,
+            "episode 0 has rewards other than 0 and 1",
+        ),
+        (
             {**DIFFUSION, "fine_tuned_steps": 9},
             {"il": IMITATION},
             RecipeError,
@@ -193,3 +314,20 @@ def test_objectives_of_another_kind_of_policy_are_refused(write):
             {"kind": "mix", "weights": {"rl": 1.0}},
             {"rl": RL},
         )
+
+
+@pytest.mark.parametrize(
+    ("rl", "message"),
+    [
+        ({**IDQL, "capacity": 15}, "capacity is 15, less than the 16 chunks"),
+        ({**IDQL, "demonstration_share": 1.0}, "demonstration_share"),
+        ({**IDQL, "trace": 0.9}, "trace"),
+        ({**RL, "cloning": {"weight": 1.0}}, "data is missing"),
+        ({**RL, "data": DEMOS}, "data is only used with"),
+        ({**RL, "cloning": {"weight": 1.0, "of": "teacher"}, "data": DEMOS}, "data is only used"),
+        ({**AWR, "temperature": 0.0}, "temperature"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_recipe(write, rl, message):
+    with pytest.raises(RecipeError, match=message):
+        write(GAUSSIAN, {"kind": "mix", "weights": {"rl": 1.0}}, {"rl": rl})
