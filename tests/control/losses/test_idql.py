@@ -15,6 +15,7 @@ from holdfast.control.losses import (
     implicit_weights,
     soft_update,
 )
+from holdfast.control.policies import untrained_copy
 
 NAN = math.nan
 seeds = st.integers(0, 2**31)
@@ -163,6 +164,9 @@ def test_a_target_follows_at_its_rate():
         torch.testing.assert_close(part, torch.full_like(part, (place + 1) * (1 - 0.5**3)))
         assert part.grad is None
     assert (target[1].running_mean == 7).all()
+    buffers = untrained_copy(networks()[0])
+    soft_update(buffers, online, 0.5)
+    assert torch.equal(buffers.get_buffer("0.weight"), 0.5 * online[0].weight)
     soft_update(target, online, 1.0)
     for part, other in zip(target.parameters(), online.parameters(), strict=True):
         assert torch.equal(part, other)

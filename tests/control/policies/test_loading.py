@@ -6,10 +6,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from holdfast.control.policies import (
+    Critic,
     DiffusionPolicy,
     GaussianPolicy,
+    ImplicitPolicy,
     Normalizer,
     ResidualPolicy,
+    TwinQ,
     load_policy,
 )
 from holdfast.errors import ModelError
@@ -52,6 +55,13 @@ MADE = {
     "diffusion": diffusion,
     "fine-tuned": fine_tuned,
     "residual": lambda: ResidualPolicy(diffusion(average_decay=None), hidden=(4,), scale=0.3),
+    "implicit": lambda: ImplicitPolicy(
+        diffusion(),
+        TwinQ(4, 3, horizon=2, history=2, hidden=(5,), activation="relu", seed=1),
+        Critic(4, 2, (6,), activation="tanh", seed=2),
+        candidates=3,
+        tau=0.9,
+    ),
     "residual twice": lambda: ResidualPolicy(ResidualPolicy(GaussianPolicy(4, 3, **shared()))),
 }
 
