@@ -35,6 +35,7 @@ from holdfast.joint.combine import Combiner, WeightedSum
 from holdfast.joint.geometry import Geometry
 from holdfast.joint.guards import ClipNorm
 from holdfast.joint.objective import LossTerms, Objective, Row, Summary
+from holdfast.joint.processes import keep_process_group
 from holdfast.joint.record import Recorder, peak_memory_bytes
 from holdfast.joint.schedules import Schedule, Watching
 
@@ -148,6 +149,7 @@ class Trainer:
                 f"but the objectives are {', '.join(objectives)}"
             )
         self.accelerator = accelerator or Accelerator()
+        keep_process_group()
         self.policy = policy
         self.objectives = objectives
         self.schedule = schedule

@@ -32,9 +32,6 @@ def main(recipe_path: str, out: str) -> None:
         saved[f"after/{key}"] = parameter.detach().clone()
     if accelerator.is_main_process:
         save_file(saved, out)
-    # A process group must not be torn down right after a collective that was given tensors: gloo's
-    # thread may still want Python's lock to release them, while the destructor holds it and waits
-    # for the thread. Trained runs end with a barrier as well.
     accelerator.wait_for_everyone()
     accelerator.end_training()
 
