@@ -80,9 +80,9 @@ def assemble_control(
     history = _history(recipe.policy)
     environments = {n: _environments(n, s, history, seed, say) for n, s in acting.items()}
     _check_sizes(read, environments)
-    for demonstrations in read.values():
+    for name in read:
         for worlds in environments.values():
-            validate(demonstrations, worlds, clip=True, allow_cut=True)
+            read[name] = validate(read[name], worlds, clip=True, allow_cut=True)
     actor = _policy(recipe.policy, read, environments, seed)
     check_kinds(acting, actor)
     for name, spec in acting.items():
