@@ -1,0 +1,268 @@
+"""What the finished cells say: learning rates, the ratio, a table of methods, and a figure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+from matplotlib import pyplot as plt
+from numpy.typing import NDArray
+from scipy.stats import trim_mean
+
+from benchmarks.in_ril import study
+from benchmarks.in_ril.study import Cell, Task
+from benchmarks.results import bootstrap_interval
+
+Run = Mapping[str, Any]
+Cells = Mapping[str, Run]
+HERE = Path(__file__).parent
+LAST = 3
+"""Evaluations over which a final level is the mean."""
+
+
+# What is chosen -----------------------------------------------------------------------------------
+
+
+def chosen_rate(cells: Cells, task: Task, policy: str) -> float:
+    """The learning rate with which RL alone ends highest, on seeds that are not reported."""
+    levels = {
+        rate: float(np.mean([level(run) for run in found]))
+        for rate in task.rates
+        if (found := _tuned(cells, task, Cell(task.name, policy, "rl", rate, 0)))
+    }
+    return max(levels, key=lambda rate: levels[rate])
+
+
+def chosen_weight(cells: Cells, task: Task, rate: float) -> float | None:
+    """The weight of imitation as a regulariser; ``None`` before it is known."""
+    levels = {
+        weight: float(np.mean([level(run) for run in found]))
+        for weight in study.MIXED
+        if (found := _tuned(cells, task, Cell(task.name, "gaussian", "mix", rate, 0, weight)))
+    }
+    return max(levels, key=lambda weight: levels[weight], default=None)
+
+
+def chosen_ratio(task: Task) -> float:
+    """m: that of the fixed ones with surgery that ends highest in the sweep of ``reference``.
+
+    The sweep's own seeds: what is compared with it on them is compared with the best of three.
+    """
+    reference = study.TASKS[task.reference]
+    path = HERE / f"{reference.name}.json"
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else {}
+    levels = {}
+    for m in study.RATIOS:
+        runs = _runs(cells, reference, "gaussian", "surgery", m)
+        if runs:
+            levels[m] = middle(np.array([level(run) for run in runs.values()]))
+    if not levels:
+        raise SystemExit(f"{task.name} takes m from {reference.name}: run that task first")
+    return max(levels, key=lambda m: levels[m])
+
+
+def _tuned(cells: Cells, task: Task, cell: Cell) -> list[Run]:
+    seeds = range(study.TUNING, study.TUNING + task.tuning_seeds)
+    keys = (replace(cell, seed=seed).key for seed in seeds)
+    return [cells[key] for key in keys if key in cells]
+
+
+# Statistics ---------------------------------------------------------------------------------------
+
+
+def level(run: Run) -> float:
+    """Mean success over the last evaluations."""
+    return float(np.mean(run["success"][-LAST:]))
+
+
+def collapsed(run: Run) -> bool:
+    """Success fell below half of its own maximum, and stayed there."""
+    return level(run) < 0.5 * max(run["success"])
+
+
+def middle(values: NDArray[np.float64]) -> Any:
+    """Interquartile mean over seeds, the first axis."""
+    return trim_mean(values, 0.25, axis=0)
+
+
+def steps_to(runs: list[Run], wanted: float) -> float | None:
+    """Environment steps until the middle curve first reaches a level, by line between evaluations.
+
+    ``None``: never.
+    """
+    curve = middle(np.array([run["success"] for run in runs]))
+    steps = np.mean([run["environment_steps"] for run in runs], axis=0)
+    above = np.flatnonzero(curve >= wanted)
+    if not len(above):
+        return None
+    last = above[0]
+    if last == 0:
+        return 0.0
+    share = (wanted - curve[last - 1]) / (curve[last] - curve[last - 1])
+    return float(steps[last - 1] + share * (steps[last] - steps[last - 1]))
+
+
+def _runs(
+    cells: Cells, task: Task, policy: str, method: str, option: float | None
+) -> dict[int, Run]:
+    """Finished runs of a group by seed, at the learning rate chosen for RL alone."""
+    rate = chosen_rate(cells, task, policy)
+    found = {}
+    for seed in range(task.seeds):
+        cell = Cell(task.name, policy, method, rate, seed, option)
+        if cell.key in cells:
+            found[seed] = cells[cell.key]
+    return found
+
+
+def _groups(cells: Cells, task: Task) -> Iterator[tuple[str, str, float | None]]:
+    """All groups with a finished run, in the order of the study."""
+    reported = {
+        key.rsplit("/", 2)[0] for key in cells if int(key.rsplit("seed", 1)[1]) < study.TUNING
+    }
+    ratios: tuple[float, ...] = study.RATIOS
+    options = [(m, r) for m in ("alternate", "surgery", "random", "noise", "sum") for r in ratios]
+    known: list[tuple[str, float | None]] = [
+        ("rl", None), *options, ("root", None), ("balance", None),
+        *(("mix", weight) for weight in study.MIXED),
+    ]  # fmt: skip
+    for policy in study.POLICIES:
+        for method, option in known:
+            if Cell(task.name, policy, method, 0.0, 0, option).group in reported:
+                yield policy, method, option
+
+
+# Tables and pictures ------------------------------------------------------------------------------
+
+
+def analyse(cells: Cells, task: Task, folder: Path) -> dict[str, Any]:
+    """A row for every group, and a picture into ``folder``."""
+    groups = list(_groups(cells, task))
+    rows = {
+        Cell(task.name, policy, method, 0.0, 0, option).group: _row(
+            _runs(cells, task, policy, method, option), _runs(cells, task, policy, "rl", None)
+        )
+        for policy, method, option in groups
+    }
+    if rows:
+        _draw(cells, task, groups, rows, folder / f"{task.name}.png")
+    screened = {
+        policy: {
+            f"{rate:g}": float(np.mean([level(run) for run in found]))
+            for rate in task.rates
+            if (found := _tuned(cells, task, Cell(task.name, policy, "rl", rate, 0)))
+        }
+        for policy in study.POLICIES
+    }
+    chosen: dict[str, Any] = {}
+    if screened["gaussian"]:
+        rate = chosen_rate(cells, task, "gaussian")
+        chosen["weights"] = {
+            f"{weight:g}": float(np.mean([level(run) for run in found]))
+            for weight in study.MIXED
+            if (found := _tuned(cells, task, Cell(task.name, "gaussian", "mix", rate, 0, weight)))
+        }
+    return {"learning_rates": screened, **chosen, "groups": rows}
+
+
+def _row(runs: dict[int, Run], alone: dict[int, Run]) -> dict[str, Any]:
+    found = list(runs.values())
+    finals = np.array([level(run) for run in found])
+    both = [seed for seed in runs if seed in alone]
+    row: dict[str, Any] = {
+        "seeds": len(found),
+        "start": float(middle(np.array([run["success"][0] for run in found]))),
+        **_interval("final", finals),
+        "lowest": float(middle(np.array([min(run["success"]) for run in found]))),
+        "collapse_rate": float(np.mean([collapsed(run) for run in found])),
+        "imitation": float(middle(np.array([run["imitation"][-1] for run in found]))),
+        "imitation_highest": float(middle(np.array([max(run["imitation"]) for run in found]))),
+        "imitation_start": float(middle(np.array([run["imitation"][0] for run in found]))),
+        "updates": {
+            kind: float(np.mean([run["updates"][kind] for run in found])) for kind in ("il", "rl")
+        },
+        "environment_steps": float(np.mean([run["environment_steps"][-1] for run in found])),
+        "seconds": float(np.mean([run["seconds"] for run in found])),
+    }
+    if both:  # Both start from the same policy.
+        gain = np.array([level(runs[seed]) - level(alone[seed]) for seed in both])
+        row |= _interval("over_rl", gain)
+        wanted = float(middle(np.array([level(alone[seed]) for seed in both])))
+        steps = steps_to([runs[seed] for seed in both], wanted)
+        own = steps_to([alone[seed] for seed in both], wanted)
+        row["steps_to_rl_final"] = steps
+        row["share_of_rl_steps"] = steps / own if steps is not None and own else None
+    geometry = [run["geometry"] for run in found if run["geometry"]]
+    if geometry:
+        names = geometry[0]
+        row["geometry"] = {name: float(np.mean([g[name] for g in geometry])) for name in names}
+    return row
+
+
+def _interval(name: str, values: NDArray[np.float64]) -> dict[str, Any]:
+    statistic: Callable[[NDArray[np.float64]], Any] = lambda rows: middle(rows)[0]  # noqa: E731
+    interval = bootstrap_interval(values[:, None], statistic)
+    return {name: float(middle(values)), f"{name}_interval": interval}
+
+
+def _draw(
+    cells: Cells,
+    task: Task,
+    groups: list[tuple[str, str, float | None]],
+    rows: Mapping[str, Mapping[str, Any]],
+    path: Path,
+) -> None:
+    """Success over environment steps by kind of method, imitation loss, and final levels."""
+    figure, axes = plt.subplots(2, 3, figsize=(16, 9), constrained_layout=True)
+    panels = {
+        "alternation and m(t)": ("alternate", "root", "balance"),
+        "surgery": ("surgery",),
+        "controls": ("random", "noise", "sum", "mix"),
+    }
+    plain = [group for group in groups if group[0] == "gaussian"]
+    for axis, (title, methods) in zip(axes.flat[:3], panels.items(), strict=True):
+        for _, method, option in plain:
+            if method in methods or method == "rl":
+                _curve(axis, cells, task, ("gaussian", method, option), "success")
+        axis.set(title=title, ylabel="success")
+    for _, method, option in plain:
+        if method in ("rl", "alternate", "surgery"):
+            _curve(axes[1, 0], cells, task, ("gaussian", method, option), "imitation")
+    axes[1, 0].set(title="imitation of held-out demonstrations", ylabel="loss", yscale="log")
+    for group in groups:
+        if group[0] != "gaussian":
+            _curve(axes[1, 1], cells, task, group, "success")
+    axes[1, 1].set(title="residual PPO, DPPO", ylabel="success")
+    for axis in axes.flat[:5]:
+        axis.set_xlabel("environment steps")
+        if axis.has_data():
+            axis.legend(fontsize=7)
+    names = list(rows)[::-1]
+    finals = [rows[name]["final"] for name in names]
+    ends = np.array([rows[name]["final_interval"] for name in names]).T
+    axes[1, 2].errorbar(finals, names, xerr=np.abs(ends - finals), fmt="o", color="#4e79a7")
+    axes[1, 2].set(title="final success", xlabel="interquartile mean, 95 %")
+    axes[1, 2].tick_params(labelsize=7)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _curve(
+    axis: Any, cells: Cells, task: Task, group: tuple[str, str, float | None], name: str
+) -> None:
+    policy, method, option = group
+    runs = list(_runs(cells, task, policy, method, option).values())
+    cell = Cell(task.name, policy, method, 0.0, 0, option)
+    steps = np.mean([run["environment_steps"] for run in runs], axis=0)
+    style: dict[str, Any] = {"label": cell.label if policy == "gaussian" else cell.group}
+    if method == "rl" and policy == "gaussian":
+        style |= {"color": "black", "linewidth": 2.5}
+    axis.plot(steps, middle(np.array([run[name] for run in runs])), **style)
