@@ -36,9 +36,10 @@ class Task:
         Of an evaluation.
     discount : float
         Per chunk.
-    hidden, critic_hidden : tuple of int
+    hidden, diffusion_hidden, critic_hidden : tuple of int
+        The Gaussian policy and a residual have ``hidden``.
     std : float
-        Of the Gaussian policy, in normalised units.
+        Of the Gaussian policy, in normalised units; the least of a denoising step.
     scale : float
         Of the residual, whose own deviation makes it explore as widely as the Gaussian policy.
     cloning : dict of str to int
@@ -67,6 +68,7 @@ class Task:
     episodes: int
     discount: float
     hidden: tuple[int, ...]
+    diffusion_hidden: tuple[int, ...]
     critic_hidden: tuple[int, ...]
     std: float
     scale: float
@@ -94,12 +96,13 @@ POINT_MASS = Task(
     episodes=192,
     discount=0.97,
     hidden=(64, 64),
+    diffusion_hidden=(128, 128),
     critic_hidden=(128, 128),
     std=0.25,
     scale=0.5,
-    cloning={"gaussian": 600, "diffusion": 2000},
+    cloning={"gaussian": 600, "diffusion": 6000},
     cloning_batch=128,
-    rates=(3e-4, 1e-3, 3e-3),
+    rates=(1e-3, 3e-3, 1e-2),
     tuning_seeds=3,
     seeds=10,
     time_limit=None,
@@ -120,6 +123,7 @@ PEG = Task(
     episodes=50,
     discount=0.99,
     hidden=(256, 256, 256),
+    diffusion_hidden=(256, 256, 256),
     critic_hidden=(256, 256, 256),
     std=0.1,
     scale=0.2,
@@ -271,10 +275,16 @@ FINE_TUNED = 4
 
 def cloned(task: Task, kind: str) -> dict[str, Any]:
     """A policy before it is cloned."""
-    values = {"kind": kind, "horizon": 4, "hidden": list(task.hidden), "activation": "relu"}
+    values = {"kind": kind, "horizon": 4, "activation": "relu"}
     if kind == "gaussian":
-        return values | {"std": task.std}
-    return values | {"steps": 2 * FINE_TUNED, "fine_tuned_steps": FINE_TUNED}
+        return values | {"hidden": list(task.hidden), "std": task.std}
+    return values | {
+        "hidden": list(task.diffusion_hidden),
+        "steps": 2 * FINE_TUNED,
+        "fine_tuned_steps": FINE_TUNED,
+        "min_sampling_std": task.std,
+        "min_log_prob_std": task.std,
+    }
 
 
 def imitation(task: Task, demonstrations: Path) -> dict[str, Any]:
