@@ -1,0 +1,5 @@
+"""Guards of language policies: what may be masked, bounded or penalised before a step is taken."""
+
+from holdfast.language.guards.radius import softmax_radius
+
+__all__ = ["softmax_radius"]
