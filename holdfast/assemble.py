@@ -224,7 +224,9 @@ def build_schedule(recipe: Recipe, optima: Mapping[str, float]) -> Schedule:
     spec = recipe.schedule
     if isinstance(spec, MixSpec):
         return Mix(spec.weights)
-    if isinstance(spec, InterleaveSpec | AdaptiveInterleaveSpec):
+    if isinstance(spec, InterleaveSpec):
+        return spec.schedule(watched=isinstance(recipe.policy, ControlSpec))
+    if isinstance(spec, AdaptiveInterleaveSpec):
         return spec.schedule()
     if isinstance(spec, AlrightSpec):
         return Alright(spec.weights, recipe.training.seed if spec.seed is None else spec.seed)
@@ -256,6 +258,9 @@ def build_trainer(
         training.pop(entry)
     for name, optimum in optima.items():
         assembly.objectives[name].optimum = optimum
+    if isinstance(recipe.policy, SoftQSpec):
+        rate, given = training["learning_rate"], training["learning_rates"]
+        training["learning_rates"] = recipe.policy.learning_rates(rate, given)
     options = TrainerOptions(**training)
     try:
         check_learning_rates(assembly.policy, options)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from holdfast.errors import RecipeError
+from holdfast.joint.schedules import Watching
 from holdfast.recipe import load_recipe, parse_recipe, shipped_recipes
 from holdfast.schema import Recipe, WeightedSpec
 
@@ -100,6 +101,7 @@ SCHEDULES = [
     {"kind": "sequential", "stages": STAGES},
     {"kind": "interleave", "counts": {"sft": 1, "dpo": 3}},
     {"kind": "interleave", "first": "sft", "second": "dpo", "ratio": 3, "combine": True},
+    {"kind": "interleave", "first": "sft", "second": "dpo", "ratio": "inf"},
     {
         "kind": "adaptive_interleave",
         "first": "sft",
@@ -598,6 +600,27 @@ def test_the_two_forms_of_an_interleave_are_the_same_schedule(tmp_path):
 PAIR = {"first": "sft", "second": "dpo"}
 
 
+@pytest.mark.parametrize("ratio", ["inf", float("inf")])
+def test_an_infinite_ratio_is_the_second_objective_alone(ratio, tmp_path):
+    spec = parsed(tmp_path, schedule={"kind": "interleave", **PAIR, "ratio": ratio}).schedule
+    assert spec.ratio == "inf"
+    assert spec.objectives == ("dpo",)
+
+
+@pytest.mark.parametrize(
+    ("estimates", "watched", "expected"),
+    [(None, False, False), (None, True, True), (False, True, False), (True, False, True)],
+)
+def test_gains_of_an_interleave_are_estimated_where_they_are_wanted(
+    estimates, watched, expected, tmp_path
+):
+    values = {"kind": "interleave", **PAIR, "ratio": 2, "estimates": estimates}
+    recipe = parsed(tmp_path, schedule=values)
+    assert isinstance(recipe.schedule.schedule(watched=watched), Watching) == expected
+    plain = parsed(tmp_path, schedule={"kind": "interleave", **PAIR, "ratio": 2})
+    assert recipe.fingerprint() == plain.fingerprint(), "they change no number of the training"
+
+
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
@@ -607,6 +630,9 @@ PAIR = {"first": "sft", "second": "dpo"}
         ({"kind": "interleave", "counts": {"sft": 0}}, "must be at least 1"),
         ({"kind": "interleave", "counts": {"sft": 1}, "combine": True}, "nothing else fits"),
         ({"kind": "interleave", **PAIR, "ratio": 0}, "schedule.ratio"),
+        ({"kind": "interleave", **PAIR, "ratio": 2.5}, "ratio is 2.5: it must be a whole number"),
+        ({"kind": "interleave", **PAIR, "ratio": "all"}, "ratio is 'all': it must be a whole"),
+        ({"kind": "interleave", "counts": {"sft": 1}, "estimates": True}, "counts has neither"),
         ({"kind": "interleave", **PAIR, "ratio": 2, "every": "iteration"}, "updates_per_iteration"),
         ({"kind": "adaptive_interleave", "first": "sft"}, "schedule.second: is required"),
         ({"kind": "adaptive_interleave", **PAIR, "form": "rot"}, "did you mean 'root'?"),

@@ -140,15 +140,16 @@ class PairEstimates:
         """``"cosine"``, and ``"norm/NAME"``, ``"smoothness/NAME"``, ``"variance/NAME"``."""
         self._latest: dict[str, _Sample] = {}
 
-    def update(self, gradients: Mapping[str, Gradient], parameters: Sequence[Tensor]) -> None:
+    def update(self, gradients: Mapping[str, Gradient], parameters: Sequence[Tensor]) -> bool:
         """Take in the mean gradients of a turn at ``parameters``.
 
-        A turn in which a gradient is not finite is ignored: it must not decide those that follow.
+        ``False``: the turn is ignored, because a gradient is not finite and must not decide the
+        turns that follow, or because it is of neither objective.
         """
         present = [name for name in self.names if name in gradients]
         squares = inner_products([(gradients[name], gradients[name]) for name in present])
-        if not all(map(math.isfinite, squares)):
-            return
+        if not present or not all(map(math.isfinite, squares)):
+            return False
         norms = {name: math.sqrt(square) for name, square in zip(present, squares, strict=True)}
         self._compare_objectives(gradients, norms)
         for name, norm in norms.items():
@@ -156,6 +157,7 @@ class PairEstimates:
             self._compare_with_before(name, gradients[name], parameters)
         for name in present:
             self._latest[name] = _sample(gradients[name], parameters)
+        return True
 
     def _compare_objectives(
         self, gradients: Mapping[str, Gradient], norms: Mapping[str, float]

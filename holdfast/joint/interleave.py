@@ -17,105 +17,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from holdfast.joint.geometry import Gradient, PairEstimates
+from holdfast.joint.geometry import Gradient
+from holdfast.joint.progress import CycleEstimates, Form, optimal_ratio
 from holdfast.joint.turn import Probe, Turn
 
 if TYPE_CHECKING:  # torch is slow to import and recipes are checked without it
     from torch import Tensor
 
-Form = Literal["root", "balance"]
 Every = Literal["update", "iteration"]
-
-
-def optimal_ratio(
-    norm_rl: float,
-    norm_il: float,
-    rho: float,
-    *,
-    variance_term: float,
-    form: Form = "root",
-    maximum: float,
-    c_il: float = 1.0,
-    c_rl: float = 1.0,
-    smoothness_il: float = 1.0,
-    smoothness_rl: float = 1.0,
-) -> float:
-    r"""How many RL updates should follow one imitation update.
-
-    ``root``, the practical form as printed, takes no constants of its own:
-
-    .. math:: m = \max\{1, \sqrt{g_{RL}^2 / (ρ g_{IL} g_{RL} - v)}\},
-              \quad v = \frac{c_{IL} L_{RL} σ_{IL}^2}{2 L_{IL}^2 N_{IL}}
-
-    ``balance``, from the derivation above it:
-
-    .. math:: m = \frac{c_{IL}/L_{IL} · ρ g_{IL} g_{RL} + v}
-                       {c_{RL}(1 - c_{RL}/2)/L_{RL} · g_{RL}^2},
-              \quad v = \frac{L_{RL} c_{IL}^2 σ_{IL}^2}{2 L_{IL}^2 N_{IL}}
-
-    With ρ > 0, as the gradients come to oppose each other more, ``root`` falls and ``balance``
-    rises; the paper's text says that m rises.
-
-    Parameters
-    ----------
-    norm_rl, norm_il : float
-        Norms ``g`` of the two mean gradients, finite and at least 0.
-    rho : float
-        Minus their cosine, in [-1, 1]: positive where they oppose each other.
-    variance_term : float
-        ``v`` of the chosen form, at least 0; may be infinite. The two differ in the power of
-        ``c_il``.
-    form : "root" or "balance"
-    maximum : float
-        Upper bound of the result, at least 1.
-    c_il, c_rl : float
-        Step sizes in units of ``1 / L``: above 0, and ``c_rl`` below 2. Only in ``balance``.
-    smoothness_il, smoothness_rl : float
-        Smoothness constants ``L``, above 0. Only in ``balance``.
-
-    Returns
-    -------
-    float
-        In [1, maximum]; ``maximum`` where the denominator is not positive or not finite.
-
-    Raises
-    ------
-    ValueError
-        If an argument is out of range.
-    """
-    for name, value in (("norm_rl", norm_rl), ("norm_il", norm_il)):
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} is {value}: it must be finite and not negative")
-    if not -1.0 - 1e-6 <= rho <= 1.0 + 1e-6:
-        raise ValueError(f"rho is {rho}: it must lie in [-1, 1]")
-    if not variance_term >= 0:
-        raise ValueError(f"variance_term is {variance_term}: it must not be negative")
-    if not maximum >= 1:
-        raise ValueError(f"maximum is {maximum}: it must be at least 1")
-    for name, value in (
-        ("c_il", c_il),
-        ("c_rl", c_rl),
-        ("smoothness_il", smoothness_il),
-        ("smoothness_rl", smoothness_rl),
-    ):
-        if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} is {value}: it must be finite and positive")
-    if not c_rl < 2:
-        raise ValueError(f"c_rl is {c_rl}: it must be below 2")
-    opposed = rho * norm_il * norm_rl
-    if form == "root":
-        above, below = norm_rl * norm_rl, opposed - variance_term
-    elif form == "balance":
-        above = c_il / smoothness_il * opposed + variance_term
-        below = c_rl * (1.0 - c_rl / 2.0) / smoothness_rl * norm_rl * norm_rl
-    else:
-        raise ValueError(f"form is {form!r}: it must be root or balance")
-    if not (below > 0 and math.isfinite(below)):
-        return float(maximum)
-    ratio = above / below
-    if form == "root":
-        ratio = math.sqrt(ratio)
-    return float(min(maximum, max(1.0, ratio)))
 
 
 class Interleave:
@@ -199,12 +108,69 @@ class Interleave:
         self.step = int(state["step"])
 
 
+class WatchedInterleave(Interleave):
+    """A fixed cycle of two objectives that estimates what its updates gain.
+
+    The record then has the cosine and norms of both gradients, the benefit of an update by
+    ``first``, and the efficiency ratio: see :class:`~holdfast.joint.progress.CycleEstimates`. Costs
+    two copies of the trainable parameters per objective.
+
+    Parameters
+    ----------
+    first, second, ratio, combine, every, updates_per_iteration
+        As in :class:`Interleave`. With an infinite ratio there is nothing to estimate but the
+        gradient of ``second``.
+    smoothing : float
+        Share of the previous value that the averages keep, in [0, 1).
+    """
+
+    def __init__(
+        self,
+        first: str,
+        second: str,
+        ratio: float,
+        *,
+        combine: bool = False,
+        every: Every = "update",
+        updates_per_iteration: int | None = None,
+        smoothing: float = 0.9,
+    ) -> None:
+        super().__init__(
+            first,
+            second,
+            ratio,
+            combine=combine,
+            every=every,
+            updates_per_iteration=updates_per_iteration,
+        )
+        self.ratio = math.inf if ratio == math.inf else float(self.cycle[1][1])
+        """Turns of ``second`` in a cycle."""
+        self.averages = CycleEstimates((first, second), smoothing, combine=combine)
+
+    @property
+    def estimates(self) -> dict[str, float]:
+        """m in turns, and the running averages as they stand."""
+        return {"ratio": self.ratio, **self.averages.record(self.ratio)}
+
+    def watch(self, gradients: Mapping[str, Gradient], parameters: Sequence[Tensor]) -> None:
+        self.averages.update(gradients, parameters)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "averages": self.averages.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        if "averages" in state:  # A run that began without them goes on with them.
+            self.averages.load_state_dict(state["averages"])
+
+
 class AdaptiveInterleave:
     """One turn of ``first``, then m(t) of ``second``, with m(t) from the geometry of gradients.
 
-    At the start of each cycle :func:`optimal_ratio` is taken of running averages, since the cosine
-    of a single pair of batches is mostly noise; see :class:`~holdfast.joint.geometry.PairEstimates`
-    for what is averaged. m is 1 until two gradients of each objective have been seen.
+    At the start of each cycle :func:`~holdfast.joint.progress.optimal_ratio` is taken of running
+    averages, since the cosine of a single pair of batches is mostly noise; see
+    :class:`~holdfast.joint.geometry.PairEstimates` for what is averaged. m is 1 until two gradients
+    of each objective have been seen.
 
     Parameters
     ----------
@@ -217,7 +183,7 @@ class AdaptiveInterleave:
     smoothing : float
         Share of the previous value that the averages keep, in [0, 1).
     c_il, c_rl : float
-        As in :func:`optimal_ratio`.
+        As in :func:`~holdfast.joint.progress.optimal_ratio`.
     combine, every, updates_per_iteration
         As in :class:`Interleave`. The number of turns is m times the turns of an iteration, rounded
         to a whole number.
@@ -252,10 +218,11 @@ class AdaptiveInterleave:
         )
         self.first, self.second = first, second
         self.form, self.maximum = form, maximum
-        self.c_il, self.c_rl = c_il, c_rl
         self.together = _together(first, second, combine)
         self.unit = turns_per_unit(every, updates_per_iteration)
-        self.averages = PairEstimates((first, second), smoothing)
+        self.averages = CycleEstimates(
+            (first, second), smoothing, c_il=c_il, c_rl=c_rl, combine=combine
+        )
         self.ratio = 1.0
         """m of the current cycle."""
         self.left = 0
@@ -268,35 +235,15 @@ class AdaptiveInterleave:
     @property
     def estimates(self) -> dict[str, float]:
         """m of the current cycle, and the running averages as they stand."""
-        return {"ratio": self.ratio, **self.averages.averages}
+        return {"ratio": self.ratio, **self.averages.record(self.ratio * self.unit)}
 
     def next(self, probe: Probe) -> Turn:
         if self.left > 0:
             self.left -= 1
             return Turn({self.second: 1.0})
-        self.ratio = self._ratio()
+        self.ratio = self.averages.ratio(self.form, self.maximum)
         self.left = max(1, round(self.ratio * self.unit))
         return Turn(dict(self.together))
-
-    def _ratio(self) -> float:
-        known = self.averages.averages
-        l_il = known.get(f"smoothness/{self.first}", 0.0)
-        l_rl = known.get(f"smoothness/{self.second}", 0.0)
-        if "cosine" not in known or not (l_il > 0 and l_rl > 0):
-            return 1.0
-        c = self.c_il if self.form == "root" else self.c_il**2
-        return optimal_ratio(
-            known[f"norm/{self.second}"],
-            known[f"norm/{self.first}"],
-            -known["cosine"],
-            variance_term=c * l_rl * known[f"variance/{self.first}"] / (2.0 * l_il**2),
-            form=self.form,
-            maximum=self.maximum,
-            c_il=self.c_il,
-            c_rl=self.c_rl,
-            smoothness_il=l_il,
-            smoothness_rl=l_rl,
-        )
 
     def observe(self, name: str, loss: float) -> None:
         pass

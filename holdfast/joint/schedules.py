@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from holdfast.joint.geometry import Gradient
-from holdfast.joint.interleave import AdaptiveInterleave, Interleave, optimal_ratio
+from holdfast.joint.interleave import AdaptiveInterleave, Interleave, WatchedInterleave
+from holdfast.joint.progress import optimal_ratio
 from holdfast.joint.turn import Probe, Turn
 
 if TYPE_CHECKING:  # torch is slow to import and recipes are checked without it
@@ -36,6 +37,7 @@ __all__ = [
     "Sequential",
     "Stage",
     "Turn",
+    "WatchedInterleave",
     "Watching",
     "check_weights",
     "optimal_ratio",

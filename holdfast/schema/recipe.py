@@ -263,6 +263,7 @@ class Recipe(Spec):
         for entry in ("name", "description", "output"):
             values.pop(entry)
         values["training"].pop("report_to")
+        values["schedule"].pop("estimates", None)
         # What is not set changes no number: runs from before these entries existed go on.
         for part, entry in ((values, "combiner"), (values["training"], "learning_rates")):
             if not part[entry]:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+import math
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from holdfast.joint.interleave import turns_per_unit
-from holdfast.joint.schedules import AdaptiveInterleave, Interleave, Stage, check_weights
+from holdfast.joint.interleave import check_ratio, turns_per_unit
+from holdfast.joint.schedules import (
+    AdaptiveInterleave,
+    Interleave,
+    Stage,
+    WatchedInterleave,
+    check_weights,
+)
 from holdfast.schema.base import Spec
 
 
@@ -75,19 +82,43 @@ class InterleaveSpec(PairSpec):
     )
     first: str | None = Field(None, description="in place of counts: one step of it, …")
     second: str | None = Field(None, description="… then ratio steps of this one")
-    ratio: int | None = Field(None, ge=1)
+    ratio: int | Literal["inf"] | None = Field(None, description="inf: second alone")
+    estimates: bool | None = Field(
+        None,
+        description="whether cosine, norms and gain of the two are recorded, at two copies of the "
+        "trained parameters each; null: for control policies",
+    )
+
+    @field_validator("ratio", mode="plain")
+    @classmethod
+    def _ratio(cls, value: Any) -> int | str | None:
+        if value is None:
+            return None
+        number = math.inf if value == "inf" else value
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise ValueError(f"ratio is {value!r}: it must be a whole number of at least 1, or inf")
+        check_ratio(number)
+        return "inf" if number == math.inf else int(number)
 
     @model_validator(mode="after")
     def _one_form(self) -> InterleaveSpec:
         pair = [value is not None for value in (self.first, self.second, self.ratio)]
         if any(pair) if self.counts is not None else not all(pair):
             raise ValueError("interleave takes either counts, or first, second and ratio")
+        if self.counts is not None and self.estimates:
+            raise ValueError("estimates are of first and second: counts has neither")
         self.schedule()
         return self
 
-    def schedule(self) -> Interleave:
-        options = self.model_dump(exclude={"kind", "counts", "first"})
-        return Interleave(self.counts or str(self.first), **options)
+    def schedule(self, *, watched: bool = False) -> Interleave:
+        """The schedule; ``watched``: with estimates, unless the recipe says otherwise."""
+        cycle = self.model_dump(include={"combine", "every", "updates_per_iteration"})
+        if self.counts is not None:
+            return Interleave(self.counts, **cycle)
+        assert self.first is not None and self.second is not None and self.ratio is not None
+        wanted = watched if self.estimates is None else self.estimates
+        kind = WatchedInterleave if wanted else Interleave
+        return kind(self.first, self.second, float(self.ratio), **cycle)
 
     @property
     def objectives(self) -> tuple[str, ...]:
