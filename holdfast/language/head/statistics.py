@@ -47,12 +47,17 @@ class TokenStatistics:
     correct : Tensor, optional
         ``(...)``, bool, detached: the label is more probable than every other token; False where
         ignored.
+    squares, cubes : Tensor, optional
+        ``(...)``, detached: ``sum_k s_k pi_k^2`` and ``sum_k s_k^2 pi_k^3``, ``s`` the ``moments``
+        that were asked for; 0 where ignored.
     """
 
     logps: Tensor
     mask: Tensor
     entropy: Tensor | None = None
     correct: Tensor | None = None
+    squares: Tensor | None = None
+    cubes: Tensor | None = None
 
 
 def token_statistics(
@@ -63,6 +68,7 @@ def token_statistics(
     ignore_index: int = -100,
     temperature: float = 1.0,
     statistics: bool = False,
+    moments: Tensor | None = None,
     tile_tokens: int | None = None,
     tile_vocab: int | None = None,
 ) -> TokenStatistics:
@@ -87,6 +93,8 @@ def token_statistics(
         The logits are divided by it. Positive.
     statistics : bool
         Also compute ``entropy`` and ``correct``.
+    moments : Tensor, optional
+        ``(vocab,)``: weights of the ids in ``squares`` and ``cubes``. By default there are neither.
     tile_tokens, tile_vocab : int, optional
         Extent of a tile. By default chosen to fit the cache (CPU) or to keep the device busy
         (CUDA). They change the result by rounding only.
@@ -107,10 +115,12 @@ def token_statistics(
             f"hidden has shape {tuple(hidden.shape)}, not {(*labels.shape, width)}: the shape of "
             "labels, then the width of the head"
         )
+    if moments is not None and moments.shape != (vocab,):
+        raise ValueError(f"moments has shape {tuple(moments.shape)}, not {(vocab,)}")
     check_temperature(temperature)
     counted = _Counted(labels, ignore_index, vocab)
     tokens = len(counted.targets)
-    logps, entropy, correct = _TiledLogps.apply(
+    found = _TiledLogps.apply(
         counted.gather(hidden.reshape(-1, width)),
         head.weight,
         head.bias,
@@ -118,8 +128,9 @@ def token_statistics(
         Activation.of(head.scale, head.softcap, temperature),
         tile_sizes(tokens, vocab, hidden.device, tile_tokens, tile_vocab),
         statistics,
+        moments,
     )
-    return counted.statistics(logps, entropy, correct)
+    return counted.statistics(*found)
 
 
 def dense_statistics(
@@ -129,6 +140,7 @@ def dense_statistics(
     ignore_index: int = -100,
     temperature: float = 1.0,
     statistics: bool = False,
+    moments: Tensor | None = None,
 ) -> TokenStatistics:
     """Log-probabilities of the labels, from logits.
 
@@ -136,7 +148,7 @@ def dense_statistics(
     ----------
     logits : Tensor
         ``(..., vocab)``. ``logits[t]`` scores ``labels[t]``: the caller shifts.
-    labels, ignore_index, temperature, statistics
+    labels, ignore_index, temperature, statistics, moments
         As in :func:`token_statistics`.
 
     Returns
@@ -157,13 +169,14 @@ def dense_statistics(
     check_temperature(temperature)
     vocab = logits.shape[-1]
     counted = _Counted(labels, ignore_index, vocab)
-    logps, entropy, correct = _DenseLogps.apply(
+    found = _DenseLogps.apply(
         counted.gather(logits.reshape(-1, vocab)),
         counted.targets,
         Activation.of(1.0, None, temperature),
         statistics,
+        moments,
     )
-    return counted.statistics(logps, entropy, correct)
+    return counted.statistics(*found)
 
 
 class _Counted:
@@ -193,15 +206,9 @@ class _Counted:
             values = values.new_zeros(self.mask.numel()).index_copy(0, self.positions, values)
         return values.view(self.mask.shape)
 
-    def statistics(
-        self, logps: Tensor, entropy: Tensor | None, correct: Tensor | None
-    ) -> TokenStatistics:
-        return TokenStatistics(
-            logps=self.scatter(logps),
-            mask=self.mask,
-            entropy=None if entropy is None else self.scatter(entropy),
-            correct=None if correct is None else self.scatter(correct),
-        )
+    def statistics(self, logps: Tensor, *observed: Tensor | None) -> TokenStatistics:
+        placed = (None if values is None else self.scatter(values) for values in observed)
+        return TokenStatistics(self.scatter(logps), self.mask, *placed)
 
 
 # The maths of a tile ------------------------------------------------------------------------------
@@ -211,15 +218,21 @@ class _Running:
     """Statistics over the part of the vocabulary seen so far, each ``(tokens,)``.
 
     ``lse`` is the log-sum-exp of the logits and ``target`` the logit of the label. Only if asked
-    for: ``entropy``, and ``rival``, the largest logit of any other token than the label.
+    for: ``entropy``, and ``rival``, the largest logit of any other token than the label; and
+    ``squares`` and ``cubes``, weighted moments of the softmax.
     """
 
-    def __init__(self, targets: Tensor, dtype: torch.dtype, statistics: bool) -> None:
+    def __init__(
+        self, targets: Tensor, dtype: torch.dtype, statistics: bool, moments: Tensor | None
+    ) -> None:
         self.targets = targets
         self.lse = torch.full(targets.shape, -math.inf, dtype=dtype, device=targets.device)
         self.target = torch.zeros_like(self.lse)
         self.entropy = torch.zeros_like(self.lse) if statistics else None
         self.rival = self.lse.clone() if statistics else None
+        self.weights = None if moments is None else moments.to(dtype)
+        self.squares = None if moments is None else torch.zeros_like(self.lse)
+        self.cubes = None if moments is None else torch.zeros_like(self.lse)
 
     def fold(self, logits: Tensor, tokens: slice, start: int) -> tuple[Tensor, Tensor]:
         """Take in the logits ``(tokens, tile)`` of the ids from ``start`` on, overwriting them.
@@ -238,7 +251,9 @@ class _Running:
             exponentials = logits.sub_(largest.unsqueeze(1)).exp_()
             mass = exponentials.sum(1)
             tile_lse = mass.log() + largest
-            lse.copy_(torch.logaddexp(lse, tile_lse))
+            merged = torch.logaddexp(lse, tile_lse)
+            self._fold_moments(exponentials, largest, tokens, start, merged)
+            lse.copy_(merged)
             return exponentials, mass
 
         logits.scatter_(1, local, at_target.masked_fill(inside.unsqueeze(1), -math.inf))
@@ -261,8 +276,27 @@ class _Running:
         chosen = torch.special.entr(before) + torch.special.entr(here)
         both = before * entropy + here * tile_entropy + chosen
         torch.where(here > 0, both, entropy, out=entropy)
+        self._fold_moments(exponentials, largest, tokens, start, merged)
         lse.copy_(merged)
         return exponentials, mass
+
+    def _fold_moments(
+        self, exponentials: Tensor, largest: Tensor, tokens: slice, start: int, merged: Tensor
+    ) -> None:
+        """Moments of a tile whose exponentials are of logits less their ``largest``."""
+        if self.weights is None or self.squares is None or self.cubes is None:
+            return
+        weights = self.weights[start : start + exponentials.shape[1]]
+        powers = exponentials.square()
+        # Where all ids so far are banned there is nothing, and -inf - -inf must not become NaN.
+        nothing = merged.isneginf()
+        before, here = (
+            (x - merged).masked_fill_(nothing, -math.inf) for x in (self.lse[tokens], largest)
+        )
+        squares, cubes = self.squares[tokens], self.cubes[tokens]
+        squares.mul_((2 * before).exp_()).add_((2 * here).exp_() * (powers @ weights))
+        powers.mul_(exponentials)
+        cubes.mul_((3 * before).exp_()).add_((3 * here).exp_() * (powers @ weights.square()))
 
     def fold_all(
         self, logits: Tensor, activation: Activation, *, keep: bool
@@ -278,10 +312,10 @@ class _Running:
         denominators = mass.unsqueeze(1)
         return _residual_(numerators, denominators, slope, self.targets, 0), denominators
 
-    def results(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The log-probabilities of the labels, the entropies, and whether a label leads."""
+    def results(self) -> tuple[Tensor | None, ...]:
+        """As :class:`TokenStatistics` has them, but for its mask."""
         correct = None if self.rival is None else self.target > self.rival
-        return self.target - self.lse, self.entropy, correct
+        return self.target - self.lse, self.entropy, correct, self.squares, self.cubes
 
 
 def _residual_(
@@ -322,13 +356,14 @@ class _TiledLogps(torch.autograd.Function):
         activation: Activation,
         extent: tuple[int, int],
         statistics: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        moments: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
         operands, sums = operand_dtypes(hidden, weight)
         tile_tokens, tile_vocab = extent
         # What fits in one tile is kept: projecting it again would save no memory. It is kept before
         # it is divided by its sums, which half-precision operands might not hold.
         whole = len(targets) <= tile_tokens and len(weight) <= tile_vocab and operands == sums
-        running = _Running(targets, sums, statistics)
+        running = _Running(targets, sums, statistics, moments)
         residual = denominators = None
         rows = hidden.to(operands)
         scratch = rows.new_empty(tile_tokens * tile_vocab, dtype=sums)
@@ -343,18 +378,18 @@ class _TiledLogps(torch.autograd.Function):
                     residual, denominators = running.fold_all(logits, activation, keep=keep)
                 else:
                     running.fold(logits, tokens, vocab.start)
-        logps, entropy, correct = running.results()
-        ctx.mark_non_differentiable(*(x for x in (entropy, correct) if x is not None))
+        found = running.results()
+        ctx.mark_non_differentiable(*(x for x in found[1:] if x is not None))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(hidden, weight, bias, targets, running.lse, residual, denominators)
         ctx.activation, ctx.extent, ctx.dtypes = activation, extent, (operands, sums)
-        return logps, entropy, correct
+        return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_logps is None:
-            return (None,) * 7
+            return (None,) * 8
         hidden, weight, bias, targets, lse, kept, denominators = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         activation, (tile_tokens, tile_vocab) = ctx.activation, ctx.extent
@@ -403,31 +438,36 @@ class _TiledLogps(torch.autograd.Function):
             grad_hidden if needs_hidden else None,
             grad_weight if needs_weight else None,
             grad_bias if needs_bias else None,
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
 class _DenseLogps(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, activation: Activation, statistics: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        activation: Activation,
+        statistics: bool,
+        moments: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
         sums = torch.promote_types(logits.dtype, torch.float32)
-        running = _Running(targets, sums, statistics)
+        running = _Running(targets, sums, statistics, moments)
         tile = activation.apply_(logits.to(sums, copy=True))
         residual, denominators = running.fold_all(tile, activation, keep=ctx.needs_input_grad[0])
-        logps, entropy, correct = running.results()
-        ctx.mark_non_differentiable(*(x for x in (entropy, correct) if x is not None))
+        found = running.results()
+        ctx.mark_non_differentiable(*(x for x in found[1:] if x is not None))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(residual, denominators)
         ctx.inner, ctx.dtype = activation.inner, logits.dtype
-        return logps, entropy, correct
+        return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_logps: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if grad_logps is None:
-            return (None,) * 4
+            return (None,) * 5
         residual, denominators = ctx.saved_tensors
         factor = grad_logps.unsqueeze(1) * -ctx.inner / denominators
-        return (residual * factor).to(ctx.dtype), None, None, None
+        return (residual * factor).to(ctx.dtype), None, None, None, None

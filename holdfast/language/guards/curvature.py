@@ -1,0 +1,237 @@
+"""Which tokens would move the objective or the policy too far: a mask from their curvature.
+
+Source: "Stabilizing Policy Gradients for Sample-Efficient Reinforcement Learning in LLM Reasoning"
+(CAPO), with a step on the output layer alone as its model of an update. Of one token with
+``v = e_a - pi``, hidden state ``h`` and advantage ``A`` the gradient of ``A log pi(a)`` is
+``A v h^T``. It has rank one, so what a step along it does has a closed form in a few moments of
+``pi``: no ``(tokens, vocab, width)`` tensor is needed, and no product.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from holdfast.language.head import TokenStatistics, dense_statistics
+
+
+@dataclass(frozen=True)
+class Shifts:
+    """What a step is predicted to do, token by token.
+
+    Attributes
+    ----------
+    objective : Tensor
+        ``(...)``: change of ``A pi_new(a) / pi(a)``, to second order.
+    policy : Tensor
+        ``(...)``: ``1/2 (d log pi(a))^2``, whose mean over actions is the KL divergence between the
+        policies to second order. Never negative.
+    """
+
+    objective: Tensor
+    policy: Tensor
+
+
+def predicted_shifts(
+    statistics: TokenStatistics,
+    action_scales: Tensor | float,
+    advantages: Tensor,
+    hidden_norms: Tensor,
+    *,
+    learning_rate: float,
+) -> Shifts:
+    """What a step on the output layer along one token's gradient does to that token.
+
+    With row scales ``s`` the step is ``W += learning_rate diag(s) A v h^T``: plain gradient ascent
+    where they are 1. Let ``d = v^T diag(s) v``, ``q`` the variance of ``s v`` under ``pi`` and
+    ``n = |h|``. Then ``objective = lr A^2 n^2 d + 1/2 lr^2 A^3 n^4 (d^2 - q)`` and
+    ``policy = 1/2 lr^2 A^2 n^4 d^2``.
+
+    Parameters
+    ----------
+    statistics : TokenStatistics
+        Of the actions, with ``squares`` and ``cubes`` whose moments are ``s``.
+    action_scales : Tensor or float
+        ``(...)``: ``s`` of the action.
+    advantages, hidden_norms : Tensor
+        ``(...)``: ``A`` and ``n``.
+    learning_rate : float
+        Of the step. Not negative.
+    """
+    if statistics.squares is None or statistics.cubes is None:
+        raise ValueError("statistics has no squares and cubes: ask for moments")
+    probability = statistics.logps.detach().exp()
+    squares, cubes = statistics.squares, statistics.cubes
+    rest = 1.0 - 2.0 * probability
+    d = (action_scales * rest + squares).clamp(min=0.0)
+    mean = probability * action_scales - squares
+    q = (probability * action_scales**2 * rest + cubes - mean.square()).clamp(min=0.0)
+    gains = advantages.detach().to(d.dtype)
+    step = learning_rate * hidden_norms.detach().to(d.dtype).square()
+    first, half = step * gains.square(), 0.5 * (step * gains).square()
+    return Shifts(first * d + half * gains * (d.square() - q), half * d.square())
+
+
+def within(
+    shifts: Shifts,
+    objective_limit: float,
+    policy_limit: float,
+    objective_floor: float | None = None,
+) -> Tensor:
+    """Where ``|objective| < objective_limit`` and ``policy < policy_limit``, as bool.
+
+    With a floor also ``objective > objective_floor``, the bound that the paper's theorem 5.1 asks
+    for. A shift that is not a number is within nothing.
+    """
+    accepted = (shifts.objective.abs() < objective_limit) & (shifts.policy < policy_limit)
+    if objective_floor is not None:
+        accepted &= shifts.objective > objective_floor
+    return accepted
+
+
+def curvature_mask(
+    logits: Tensor,
+    actions: Tensor,
+    advantages: Tensor,
+    hidden_norms: Tensor,
+    *,
+    learning_rate: float,
+    objective_limit: float,
+    policy_limit: float,
+    objective_floor: float | None = None,
+    row_scales: Tensor | None = None,
+) -> Tensor:
+    """The tokens whose predicted shifts of objective and policy stay within limits.
+
+    What is predicted is the effect of a step on the output layer along the gradient of that token
+    alone (:func:`predicted_shifts`). The limits are of shifts at ``learning_rate``: they do not
+    carry over to another one. The released code of the paper has the limits on both sides that
+    are used here, and no floor.
+
+    Parameters
+    ----------
+    logits : Tensor
+        ``(..., vocab)``: as the policy samples from them, over the temperature.
+    actions : Tensor
+        ``(...)``, integer: the sampled tokens.
+    advantages : Tensor
+        ``(...)``.
+    hidden_norms : Tensor
+        ``(...)``: Euclidean norms of the last hidden states (not squared). With a bias, of the
+        states with a 1 appended; with a factor on the logits (such as 1 / temperature), times it.
+    learning_rate : float
+        Step size, in [0, inf).
+    objective_limit : float
+        Largest change of ``A pi_new(a) / pi(a)``, up or down. Positive.
+    policy_limit : float
+        Largest predicted divergence, in nats. Positive.
+    objective_floor : float, optional
+        Smallest predicted improvement. By default there is none.
+    row_scales : Tensor, optional
+        ``(vocab,)``: factors on the rows of the step, for an optimiser that scales them
+        (:class:`RowMoments`). By default 1.
+
+    Returns
+    -------
+    Tensor
+        ``(...)``, bool: True where a token may be learnt from.
+
+    Raises
+    ------
+    ValueError
+        For a bad shape or number.
+    """
+    check_limits(learning_rate, objective_limit, policy_limit, objective_floor)
+    for name, value in (("advantages", advantages), ("hidden_norms", hidden_norms)):
+        if value.shape != actions.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}: it must be that of actions "
+                f"{tuple(actions.shape)}"
+            )
+    if logits.ndim == 0:
+        raise ValueError("logits is a scalar: it must be (..., vocab)")
+    scales = logits.new_ones(logits.shape[-1]) if row_scales is None else row_scales
+    statistics = dense_statistics(logits.detach(), actions, moments=scales)
+    shifts = predicted_shifts(
+        statistics, scales[actions], advantages, hidden_norms, learning_rate=learning_rate
+    )
+    return within(shifts, objective_limit, policy_limit, objective_floor)
+
+
+def check_limits(
+    learning_rate: float,
+    objective_limit: float,
+    policy_limit: float,
+    objective_floor: float | None,
+) -> None:
+    """Refuse limits that no token, or every token, would pass.
+
+    Raises
+    ------
+    ValueError
+    """
+    if not (math.isfinite(learning_rate) and learning_rate >= 0):
+        raise ValueError(f"learning_rate is {learning_rate}: it must be finite and not negative")
+    for name, limit in (("objective_limit", objective_limit), ("policy_limit", policy_limit)):
+        if not limit > 0:
+            raise ValueError(f"{name} is {limit}: it must be positive")
+    if objective_floor is not None and not objective_floor < objective_limit:
+        raise ValueError(
+            f"objective_floor is {objective_floor}: it must be below objective_limit "
+            f"{objective_limit}"
+        )
+
+
+class RowMoments:
+    """Second moments of the output layer's gradient by row, as Adam has them by element.
+
+    A row's step is scaled by ``1 / (sqrt(v) + epsilon)`` with ``v`` the average of squares over the
+    row and, exponentially, over steps, bias-corrected. One number a row keeps the closed form. Its
+    first moment is left out: what other tokens have left there moves the policy whether a token is
+    masked or not.
+
+    Parameters
+    ----------
+    vocab_size : int
+        Rows.
+    beta : float
+        Share of the average that is kept each step, in [0, 1).
+    epsilon : float
+        Positive.
+    """
+
+    def __init__(self, vocab_size: int, beta: float = 0.999, epsilon: float = 1e-8) -> None:
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"beta is {beta}: it must lie in [0, 1)")
+        if not epsilon > 0:
+            raise ValueError(f"epsilon is {epsilon}: it must be positive")
+        self.beta, self.epsilon = beta, epsilon
+        self.average = torch.zeros(vocab_size)
+        self.steps = 0
+
+    def update(self, gradient: Tensor) -> None:
+        """Take in the mean gradient ``(vocab, width)`` of a step."""
+        squares = gradient.detach().float().square().mean(-1)
+        self.average = self.average.to(squares.device).lerp(squares, 1.0 - self.beta)
+        self.steps += 1
+
+    def scales(self) -> Tensor:
+        """``(vocab,)``: factors on the rows of a step; 1 before the first gradient was seen."""
+        if self.steps == 0:
+            return torch.ones_like(self.average)
+        corrected = self.average / (1.0 - self.beta**self.steps)
+        # A row that has seen no gradient would move without bound. Adam takes a new gradient into
+        # its moments before it divides, with the weight 1 - beta: the mean row's stands for it.
+        floor = corrected.mean() * (1.0 - self.beta)
+        return 1.0 / (corrected.maximum(floor).sqrt() + self.epsilon)
+
+    def state_dict(self) -> dict[str, Tensor | int]:
+        return {"average": self.average, "steps": self.steps}
+
+    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
+        average = state["average"]
+        assert isinstance(average, Tensor)
+        self.average, self.steps = average.clone(), int(state["steps"])
