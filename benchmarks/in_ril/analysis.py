@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from scipy.stats import trim_mean
 
 from benchmarks.in_ril import study
-from benchmarks.in_ril.study import Cell, Task
+from benchmarks.in_ril.study import Cell
+from benchmarks.in_ril.tasks import TASKS, Task
 from benchmarks.results import bootstrap_interval
 
 Run = Mapping[str, Any]
@@ -33,12 +34,22 @@ LAST = 3
 
 def chosen_rate(cells: Cells, task: Task, policy: str) -> float:
     """The learning rate with which RL alone ends highest, on seeds that are not reported."""
-    levels = {
-        rate: float(np.mean([level(run) for run in found]))
-        for rate in task.rates
-        if (found := _tuned(cells, task, Cell(task.name, policy, "rl", rate, 0)))
-    }
+    levels = screened(cells, task, policy)
     return max(levels, key=lambda rate: levels[rate])
+
+
+def screened(cells: Cells, task: Task, policy: str) -> dict[float, float]:
+    """Mean final score of RL alone by learning rate, on the task on which they are chosen."""
+    tuned_on = TASKS[task.tuned_on]
+    found = cells if tuned_on == task else _finished(tuned_on)
+    levels = {
+        rate: float(np.mean([level(run) for run in runs]))
+        for rate in tuned_on.rates[policy]
+        if (runs := _tuned(found, tuned_on, Cell(tuned_on.name, policy, "rl", rate, 0)))
+    }
+    if not levels and tuned_on != task:
+        raise SystemExit(f"{task.name} takes learning rates from {tuned_on.name}: run that first")
+    return levels
 
 
 def chosen_weight(cells: Cells, task: Task, rate: float) -> float | None:
@@ -52,21 +63,26 @@ def chosen_weight(cells: Cells, task: Task, rate: float) -> float | None:
 
 
 def chosen_ratio(task: Task) -> float:
-    """m: that of the fixed ones with surgery that ends highest in the sweep of ``reference``.
+    """m: that of the fixed ones with surgery that ends highest in the sweep of ``swept_on``.
 
     The sweep's own seeds: what is compared with it on them is compared with the best of three.
     """
-    reference = study.TASKS[task.reference]
-    path = HERE / f"{reference.name}.json"
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else {}
+    swept_on = TASKS[task.swept_on]
+    cells = _finished(swept_on)
     levels = {}
     for m in study.RATIOS:
-        runs = _runs(cells, reference, "gaussian", "surgery", m)
+        runs = _runs(cells, swept_on, "gaussian", "surgery", m) if cells else {}
         if runs:
             levels[m] = middle(np.array([level(run) for run in runs.values()]))
     if not levels:
-        raise SystemExit(f"{task.name} takes m from {reference.name}: run that task first")
+        raise SystemExit(f"{task.name} takes m from {swept_on.name}: run that task first")
     return max(levels, key=lambda m: levels[m])
+
+
+def _finished(task: Task) -> Cells:
+    path = HERE / f"{task.name}.json"
+    cells: Cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if path.exists() else {}
+    return cells
 
 
 def _tuned(cells: Cells, task: Task, cell: Cell) -> list[Run]:
@@ -79,13 +95,13 @@ def _tuned(cells: Cells, task: Task, cell: Cell) -> list[Run]:
 
 
 def level(run: Run) -> float:
-    """Mean success over the last evaluations."""
-    return float(np.mean(run["success"][-LAST:]))
+    """Mean score over the last evaluations."""
+    return float(np.mean(run["score"][-LAST:]))
 
 
 def collapsed(run: Run) -> bool:
-    """Success fell below half of its own maximum, and stayed there."""
-    return level(run) < 0.5 * max(run["success"])
+    """The score fell below half of its own maximum, and stayed there."""
+    return level(run) < 0.5 * max(run["score"])
 
 
 def middle(values: NDArray[np.float64]) -> Any:
@@ -98,7 +114,7 @@ def steps_to(runs: list[Run], wanted: float) -> float | None:
 
     ``None``: never.
     """
-    curve = middle(np.array([run["success"] for run in runs]))
+    curve = middle(np.array([run["score"] for run in runs]))
     steps = np.mean([run["environment_steps"] for run in runs], axis=0)
     above = np.flatnonzero(curve >= wanted)
     if not len(above):
@@ -129,10 +145,10 @@ def _groups(cells: Cells, task: Task) -> Iterator[tuple[str, str, float | None]]
         key.rsplit("/", 2)[0] for key in cells if int(key.rsplit("seed", 1)[1]) < study.TUNING
     }
     ratios: tuple[float, ...] = study.RATIOS
-    options = [(m, r) for m in ("alternate", "surgery", "random", "noise", "sum") for r in ratios]
-    known: list[tuple[str, float | None]] = [
-        ("rl", None), *options, ("root", None), ("balance", None),
-        *(("mix", weight) for weight in study.MIXED),
+    fixed = ("surgery", "alternate", "iteration", "random", "noise", "sum")
+    known: list[study.Method] = [
+        ("rl", None), *((name, m) for name in fixed for m in ratios), ("root", None),
+        ("balance", None), *(("mix", weight) for weight in study.MIXED), ("buffer", None),
     ]  # fmt: skip
     for policy in study.POLICIES:
         for method, option in known:
@@ -154,23 +170,20 @@ def analyse(cells: Cells, task: Task, folder: Path) -> dict[str, Any]:
     }
     if rows:
         _draw(cells, task, groups, rows, folder / f"{task.name}.png")
-    screened = {
-        policy: {
-            f"{rate:g}": float(np.mean([level(run) for run in found]))
-            for rate in task.rates
-            if (found := _tuned(cells, task, Cell(task.name, policy, "rl", rate, 0)))
-        }
-        for policy in study.POLICIES
-    }
     chosen: dict[str, Any] = {}
-    if screened["gaussian"]:
+    if task.tuned_on == task.name:
+        chosen["learning_rates"] = {
+            policy: {f"{rate:g}": score for rate, score in screened(cells, task, policy).items()}
+            for policy in study.POLICIES
+        }
+    if task.whole and chosen["learning_rates"]["gaussian"]:
         rate = chosen_rate(cells, task, "gaussian")
         chosen["weights"] = {
             f"{weight:g}": float(np.mean([level(run) for run in found]))
             for weight in study.MIXED
             if (found := _tuned(cells, task, Cell(task.name, "gaussian", "mix", rate, 0, weight)))
         }
-    return {"learning_rates": screened, **chosen, "groups": rows}
+    return {**chosen, "groups": rows}
 
 
 def _row(runs: dict[int, Run], alone: dict[int, Run]) -> dict[str, Any]:
@@ -179,9 +192,9 @@ def _row(runs: dict[int, Run], alone: dict[int, Run]) -> dict[str, Any]:
     both = [seed for seed in runs if seed in alone]
     row: dict[str, Any] = {
         "seeds": len(found),
-        "start": float(middle(np.array([run["success"][0] for run in found]))),
+        "start": float(middle(np.array([run["score"][0] for run in found]))),
         **_interval("final", finals),
-        "lowest": float(middle(np.array([min(run["success"]) for run in found]))),
+        "lowest": float(middle(np.array([min(run["score"]) for run in found]))),
         "collapse_rate": float(np.mean([collapsed(run) for run in found])),
         "imitation": float(middle(np.array([run["imitation"][-1] for run in found]))),
         "imitation_highest": float(middle(np.array([max(run["imitation"]) for run in found]))),
@@ -223,24 +236,24 @@ def _draw(
     """Success over environment steps by kind of method, imitation loss, and final levels."""
     figure, axes = plt.subplots(2, 3, figsize=(16, 9), constrained_layout=True)
     panels = {
-        "alternation and m(t)": ("alternate", "root", "balance"),
-        "surgery": ("surgery",),
-        "controls": ("random", "noise", "sum", "mix"),
+        "m": ("surgery", "root", "balance"),
+        "how the two are kept apart": ("alternate", "iteration", "sum", "mix"),
+        "what is imitated": ("random", "noise"),
     }
     plain = [group for group in groups if group[0] == "gaussian"]
     for axis, (title, methods) in zip(axes.flat[:3], panels.items(), strict=True):
         for _, method, option in plain:
             if method in methods or method == "rl":
-                _curve(axis, cells, task, ("gaussian", method, option), "success")
-        axis.set(title=title, ylabel="success")
+                _curve(axis, cells, task, ("gaussian", method, option), "score")
+        axis.set(title=title, ylabel=task.score)
     for _, method, option in plain:
         if method in ("rl", "alternate", "surgery"):
             _curve(axes[1, 0], cells, task, ("gaussian", method, option), "imitation")
     axes[1, 0].set(title="imitation of held-out demonstrations", ylabel="loss", yscale="log")
     for group in groups:
         if group[0] != "gaussian":
-            _curve(axes[1, 1], cells, task, group, "success")
-    axes[1, 1].set(title="residual PPO, DPPO", ylabel="success")
+            _curve(axes[1, 1], cells, task, group, "score")
+    axes[1, 1].set(title="residual PPO, DPPO, IDQL", ylabel=task.score)
     for axis in axes.flat[:5]:
         axis.set_xlabel("environment steps")
         if axis.has_data():
@@ -249,7 +262,7 @@ def _draw(
     finals = [rows[name]["final"] for name in names]
     ends = np.array([rows[name]["final_interval"] for name in names]).T
     axes[1, 2].errorbar(finals, names, xerr=np.abs(ends - finals), fmt="o", color="#4e79a7")
-    axes[1, 2].set(title="final success", xlabel="interquartile mean, 95 %")
+    axes[1, 2].set(title=f"final {task.score}", xlabel="interquartile mean, 95 %")
     axes[1, 2].tick_params(labelsize=7)
     figure.savefig(path, dpi=100)
     plt.close(figure)

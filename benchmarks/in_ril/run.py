@@ -25,10 +25,12 @@ from torch import Tensor
 from benchmarks.in_ril import noise, study
 from benchmarks.in_ril.analysis import analyse, chosen_rate, chosen_ratio, chosen_weight
 from benchmarks.in_ril.prepare import HERE, RUNS, base, demonstrations
-from benchmarks.in_ril.study import TASKS, Cell, Task
+from benchmarks.in_ril.study import Cell
+from benchmarks.in_ril.tasks import TASKS, Task
 from benchmarks.pool import run_jobs
 from benchmarks.results import Results
 from holdfast.assemble import assemble, build_trainer
+from holdfast.control.replay import ReplaySource
 from holdfast.joint.geometry import Gradient
 from holdfast.joint.schedules import Schedule, Watching
 from holdfast.joint.turn import Probe, Turn
@@ -109,24 +111,28 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     watched = Watched(trainer.schedule, [name.startswith("actor.") for name in named])
     trainer.schedule = watched
     source = objectives["rl"].source
-    curve: dict[str, list[float]] = {"environment_steps": [], "success": [], "imitation": []}
+    off_policy = isinstance(source, ReplaySource)
+    # As many chunks, whatever is collected at a time.
+    pieces = task.steps // task.replay.steps if off_policy else 1
+    updates = source.options.updates if off_policy else source.updates
+    curve: dict[str, list[float]] = {"environment_steps": [], "score": [], "imitation": []}
     scales: list[float] = []
     started, wall = time.process_time(), time.perf_counter()
     while True:
-        used_up = source.round == 0 or source.used == source.updates
-        if used_up and source.round == task.every * len(curve["success"]):
+        used_up = source.round == 0 or source.used == updates
+        if used_up and source.round == task.every * pieces * len(curve["score"]):
             seen = {name: trainer.evaluate(o, o.held_out) for name, o in objectives.items()}
             curve["environment_steps"].append(source.environment_steps)
-            curve["success"].append(round(seen["rl"].metrics["success"], 4))
+            curve["score"].append(round(seen["rl"].metrics[task.score], 4))
             curve["imitation"].append(round(seen["il"].loss, 5))
-        if used_up and source.round == task.rounds:
+        if used_up and source.round == task.rounds * pieces:
             break
         trainer.train_step()
         if "scale" in trainer.combiner.used:
             scales.append(trainer.combiner.used["scale"])
     return {
         **curve,
-        "updates": {"il": len(watched.seen), "rl": task.rounds * source.updates},
+        "updates": {"il": len(watched.seen), "rl": source.round * updates},
         "geometry": _geometry(watched.seen, scales),
         "seconds": round(time.process_time() - started, 1),
         "wall": round(time.perf_counter() - wall, 1),
@@ -160,8 +166,8 @@ def run_cells(results: Results, cells: Iterable[Cell], workers: int, deadline: f
 
 
 def _told(values: dict[str, Any]) -> str:
-    success = values["success"]
-    return f"{success[0]:.2f} to {success[-1]:.2f}, {values['wall']:.0f} s"
+    score = values["score"]
+    return f"{score[0]:.2f} to {score[-1]:.2f}, {values['wall']:.0f} s"
 
 
 def run_task(results: Results, task: Task, workers: int, deadline: float) -> bool:
@@ -171,24 +177,19 @@ def run_task(results: Results, task: Task, workers: int, deadline: float) -> boo
     def run(found: Iterable[Cell]) -> bool:
         return run_cells(results, found, workers, deadline)
 
-    if not run(study.rates(task, "gaussian")):
-        return False
-    rate = chosen_rate(cells, task, "gaussian")
-    if task.whole:
-        if not run(study.compared(task, "gaussian", study.sweep(), rate)):
-            return False
-        if not run(study.weights(task, rate)):
-            return False
-        methods = study.controls(chosen_ratio(task), chosen_weight(cells, task, rate))
-    else:
-        methods = study.pair("gaussian", chosen_ratio(task))
-    if not run(study.compared(task, "gaussian", methods, rate)):
-        return False
-    for policy in study.POLICIES[1:]:
-        if not run(study.rates(task, policy)):
+    for policy in study.POLICIES:
+        if task.tuned_on == task.name and not run(study.rates(task, policy)):
             return False
         rate = chosen_rate(cells, task, policy)
-        methods = study.pair(policy, chosen_ratio(task))
+        methods: tuple[study.Method, ...]
+        if policy != "gaussian" or not task.whole:
+            methods = study.pair(task, policy, chosen_ratio(task))
+        else:
+            if not run(study.compared(task, policy, study.sweep(), rate)):
+                return False
+            if not run(study.weights(task, rate)):
+                return False
+            methods = study.controls(chosen_ratio(task), chosen_weight(cells, task, rate))
         if not run(study.compared(task, policy, methods, rate)):
             return False
     return True

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks.in_ril.tasks import TASKS, Task
 
 RATIOS = (1, 5, 15)
 """m: updates by reinforcement after one by imitation."""
@@ -15,140 +17,15 @@ SEPARATED = 1e-4
 """Learning rate of a base that imitation alone trains on, under a residual network."""
 CRITIC = 2.0
 """Learning rate of the critic, in units of the policy's."""
+FINE_TUNED = 4
+"""Denoising steps that DPPO trains, of eight."""
 TUNING = 100
 """Seeds from here on choose learning rates and weights, and are not reported."""
+POLICIES = ("gaussian", "residual", "diffusion", "implicit")
+"""PPO of the cloned policy; of a residual on top of it; DPPO; IDQL."""
 
-
-@dataclass(frozen=True)
-class Task:
-    """A task, and what every run on it has in common.
-
-    Attributes
-    ----------
-    name, environment : str
-    demonstrations, held_out : int
-        Episodes to clone from, and those on which imitation is evaluated.
-    count, steps, batch_size, epochs : int
-        Environments, chunks in each of a batch of rollouts, rows of an update, passes.
-    rounds, every : int
-        Batches of rollouts of a run, and between evaluations.
-    episodes : int
-        Of an evaluation.
-    discount : float
-        Per chunk.
-    hidden, diffusion_hidden, critic_hidden : tuple of int
-        The Gaussian policy and a residual have ``hidden``.
-    std : float
-        Of the Gaussian policy, in normalised units; the least of a denoising step.
-    scale : float
-        Of the residual, whose own deviation makes it explore as widely as the Gaussian policy.
-    cloning : dict of str to int
-        Updates that a policy of each kind is cloned for.
-    cloning_batch : int
-    rates : tuple of float
-        Learning rates to choose from, on RL alone.
-    tuning_seeds, seeds : int
-    time_limit : int, optional
-    whole : bool
-        Whether all methods run, or RL alone and interleaving at the best m of ``reference``.
-    reference : str
-        The task whose sweep says which m is best.
-    """
-
-    name: str
-    environment: str
-    demonstrations: int
-    held_out: int
-    count: int
-    steps: int
-    batch_size: int
-    epochs: int
-    rounds: int
-    every: int
-    episodes: int
-    discount: float
-    hidden: tuple[int, ...]
-    diffusion_hidden: tuple[int, ...]
-    critic_hidden: tuple[int, ...]
-    std: float
-    scale: float
-    cloning: dict[str, int]
-    cloning_batch: int
-    rates: tuple[float, ...]
-    tuning_seeds: int
-    seeds: int
-    time_limit: int | None
-    whole: bool
-    reference: str
-
-
-POINT_MASS = Task(
-    name="point-mass",
-    environment="holdfast/point-mass",
-    demonstrations=10,
-    held_out=10,
-    count=64,
-    steps=24,
-    batch_size=512,
-    epochs=6,
-    rounds=50,
-    every=5,
-    episodes=192,
-    discount=0.97,
-    hidden=(64, 64),
-    diffusion_hidden=(128, 128),
-    critic_hidden=(128, 128),
-    std=0.25,
-    scale=0.5,
-    cloning={"gaussian": 600, "diffusion": 6000},
-    cloning_batch=128,
-    rates=(1e-3, 3e-3, 1e-2),
-    tuning_seeds=3,
-    seeds=10,
-    time_limit=None,
-    whole=True,
-    reference="point-mass",
-)
-PEG = Task(
-    name="peg-insert-side",
-    environment="metaworld/peg-insert-side",
-    demonstrations=10,
-    held_out=5,
-    count=16,
-    steps=50,
-    batch_size=200,
-    epochs=8,
-    rounds=100,
-    every=10,
-    episodes=50,
-    discount=0.99,
-    hidden=(256, 256, 256),
-    diffusion_hidden=(256, 256, 256),
-    critic_hidden=(256, 256, 256),
-    std=0.1,
-    scale=0.2,
-    cloning={"gaussian": 2500, "diffusion": 4000},
-    cloning_batch=256,
-    rates=(1e-4, 3e-4, 1e-3),
-    tuning_seeds=2,
-    seeds=4,
-    time_limit=200,
-    whole=True,
-    reference="peg-insert-side",
-)
-TASKS = {
-    task.name: task
-    for task in (
-        POINT_MASS,
-        PEG,
-        *(
-            replace(PEG, name=name, environment=f"metaworld/{name}", whole=False)
-            for name in ("box-close", "stick-pull", "shelf-place")
-        ),
-    )
-}
-POLICIES = ("gaussian", "residual", "diffusion")
-"""PPO of the cloned policy; of a residual on top of it; DPPO."""
+Method = tuple[str, float | None]
+"""And its option."""
 
 
 @dataclass(frozen=True)
@@ -162,10 +39,12 @@ class Cell:
         One of ``POLICIES``.
     method : str
         ``rl``: reinforcement alone. ``alternate``: one update by imitation, then m by
-        reinforcement. ``surgery``: the same, but the first holds both, by UPGrad of gradients of
-        equal norm; ``sum``: by their sum. ``root`` and ``balance``: surgery with m(t). ``mix``: a
-        weighted sum in every update. ``random``: surgery, with the actions of the demonstrations
-        shuffled. ``noise``: surgery, with a random direction for the gradient of imitation.
+        reinforcement; ``iteration``: then m iterations of it. ``surgery``: as ``alternate``, but
+        the first update holds both, by UPGrad of gradients of equal norm; ``sum``: by their sum.
+        ``root`` and ``balance``: surgery with m(t). ``mix``: a weighted sum in every update.
+        ``random``: surgery, with the actions of the demonstrations shuffled. ``noise``: surgery,
+        with a random direction for the gradient of imitation. ``buffer``: no imitation, but
+        demonstrations are half of every batch of an off-policy method.
     learning_rate : float
         Of the policy.
     seed : int
@@ -202,7 +81,9 @@ class Cell:
         task = TASKS[self.task]
         critic = {"critic": {"hidden": list(task.critic_hidden), "activation": "relu"}}
         policy: dict[str, Any] = {"kind": "saved", "model_name_or_path": str(base)}
-        rates = {"critic": CRITIC * self.learning_rate}
+        rates = {name: CRITIC * self.learning_rate for name in ("critic", "q")}
+        if self.policy != "implicit":
+            del rates["q"]
         if self.policy == "residual":
             std = task.std / task.scale
             policy = {
@@ -213,11 +94,15 @@ class Cell:
                 "std": std,
             }
             rates["actor.base"] = SEPARATED
-        schedule, combiner = self._schedule()
+        schedule, combiner = self._schedule(task)
+        imitated = imitation(task, demonstrations)
+        reinforcement = self._off_policy(task) if self.policy == "implicit" else self._on(task)
+        if self.method == "buffer":
+            reinforcement["data"] = imitated["data"]
         return {
             "name": "cell",
             "policy": policy | critic,
-            "objectives": {"il": imitation(task, demonstrations), "rl": self._reinforcement(task)},
+            "objectives": {"il": imitated, "rl": reinforcement},
             "schedule": schedule,
             "combiner": combiner,
             "training": {
@@ -229,32 +114,44 @@ class Cell:
             },
         }
 
-    def _reinforcement(self, task: Task) -> dict[str, Any]:
+    def _on(self, task: Task) -> dict[str, Any]:
+        """Reinforcement on rollouts."""
         values: dict[str, Any] = {
             "kind": "control_ppo",
-            "environment": {
-                "name": task.environment,
-                "count": task.count,
-                "sparse": True,
-                "time_limit": task.time_limit,
-            },
+            "environment": task.environments,
             "steps": task.steps,
             "batch_size": task.batch_size,
             "epochs": task.epochs,
             "discount": task.discount,
             "episodes": task.episodes,
+            "scale_rewards": not task.sparse,
         }
         if self.policy == "diffusion":
             values |= {"kind": "dppo", "epsilon": 0.05, "epsilon_base": 0.01}
             values["batch_size"] = task.batch_size * FINE_TUNED
         return values
 
-    def _schedule(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    def _off_policy(self, task: Task) -> dict[str, Any]:
+        """Reinforcement on a replay buffer."""
+        return {
+            "kind": "idql",
+            "environment": task.environments,
+            "steps": task.replay.steps,
+            "updates": task.replay.updates,
+            "batch_size": 256,
+            "capacity": task.count * task.steps * task.rounds,
+            "critic_warmup": 4,
+            "discount": task.discount,
+            "episodes": task.episodes,
+            "reward_scale": 1.0 if task.sparse else 0.01,
+        }
+
+    def _schedule(self, task: Task) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Of turns, and of gradients in a turn that holds both."""
         pair = {"first": "il", "second": "rl"}
         surgery = {"method": "sum" if self.method == "sum" else "upgrad", "scale": "match"}
         match self.method:
-            case "rl":
+            case "rl" | "buffer":
                 return {"kind": "mix", "weights": {"rl": 1.0}}, None
             case "mix":
                 assert self.option is not None
@@ -264,13 +161,13 @@ class Cell:
                 adaptive = {"kind": "adaptive_interleave", "form": self.method, "combine": True}
                 return adaptive | pair, surgery
         fixed = {"kind": "interleave", **pair, "ratio": self.option}
-        if self.method == "alternate":
-            return fixed, None
+        match self.method:
+            case "alternate":
+                return fixed, None
+            case "iteration":
+                per = {"every": "iteration", "updates_per_iteration": task.updates}
+                return fixed | per, None
         return fixed | {"combine": True}, surgery
-
-
-FINE_TUNED = 4
-"""Denoising steps that DPPO trains, of eight."""
 
 
 def cloned(task: Task, kind: str) -> dict[str, Any]:
@@ -298,7 +195,7 @@ def imitation(task: Task, demonstrations: Path) -> dict[str, Any]:
 def rates(task: Task, policy: str) -> Iterator[Cell]:
     """RL alone at every learning rate, on seeds of their own."""
     for seed in range(TUNING, TUNING + task.tuning_seeds):
-        for rate in task.rates:
+        for rate in task.rates[policy]:
             yield Cell(task.name, policy, "rl", rate, seed)
 
 
@@ -309,30 +206,31 @@ def weights(task: Task, rate: float) -> Iterator[Cell]:
             yield Cell(task.name, "gaussian", "mix", rate, seed, weight)
 
 
-def sweep() -> tuple[tuple[str, float | None], ...]:
-    """Method and option: RL alone, and m, fixed and adaptive."""
-    fixed = tuple((method, m) for method in ("alternate", "surgery") for m in RATIOS)
+def sweep() -> tuple[Method, ...]:
+    """RL alone, and m, fixed and adaptive."""
+    fixed: list[Method] = [("surgery", m) for m in RATIOS]
     return (("rl", None), *fixed, ("root", None), ("balance", None))
 
 
-def controls(ratio: float, weight: float | None) -> tuple[tuple[str, float | None], ...]:
+def controls(ratio: float, weight: float | None) -> tuple[Method, ...]:
     """What else could have helped, at the chosen m."""
-    found: tuple[tuple[str, float | None], ...] = (
-        ("random", ratio),
-        ("noise", ratio),
-        ("sum", ratio),
-    )
-    return found if weight is None else (*found, ("mix", weight))
+    found: list[Method] = [(name, ratio) for name in ("alternate", "random", "noise", "sum")]
+    mixed: list[Method] = [] if weight is None else [("mix", weight)]
+    return (*found, ("iteration", 1), *mixed)
 
 
-def pair(policy: str, ratio: float) -> tuple[tuple[str, float | None], ...]:
-    """RL alone against the chosen m; the residual network is separate and needs no surgery."""
-    return (("rl", None), ("alternate" if policy == "residual" else "surgery", ratio))
+def pair(task: Task, policy: str, ratio: float) -> tuple[Method, ...]:
+    """RL alone against the chosen m.
+
+    A residual network is separate and needs no surgery; IDQL's own loss of the actor is a cloning
+    loss as well. The off-policy method also gets the demonstrations in its batches.
+    """
+    together = "alternate" if policy in ("residual", "implicit") else "surgery"
+    found: tuple[Method, ...] = (("rl", None), (together, ratio))
+    return (*found, ("buffer", None)) if policy == "implicit" and task.whole else found
 
 
-def compared(
-    task: Task, policy: str, methods: tuple[tuple[str, float | None], ...], rate: float
-) -> Iterator[Cell]:
+def compared(task: Task, policy: str, methods: tuple[Method, ...], rate: float) -> Iterator[Cell]:
     """All seeds, all methods of a seed together."""
     for seed in range(task.seeds):
         for method, option in methods:
