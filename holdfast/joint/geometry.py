@@ -36,6 +36,19 @@ def inner_products(pairs: Sequence[tuple[Gradient, Gradient]]) -> list[float]:
     return [sum(islice(values, size)) for size in sizes]
 
 
+def shared(gradients: Sequence[Gradient]) -> list[bool]:
+    """Which parameters every one of the gradients is of.
+
+    A critic that only one objective trains takes no part in how two objectives agree.
+    """
+    return [all(part is not None for part in column) for column in zip(*gradients, strict=True)]
+
+
+def restricted(gradient: Gradient, mask: Sequence[bool]) -> list[Tensor | None]:
+    """The gradient on some of the parameters alone."""
+    return [part if kept else None for part, kept in zip(gradient, mask, strict=True)]
+
+
 def cosine(product: float, norm: float, other: float) -> float:
     """Cosine of two vectors from their inner product and norms; NaN where one is zero."""
     if not (norm > 0 and other > 0):
@@ -46,6 +59,8 @@ def cosine(product: float, norm: float, other: float) -> float:
 @dataclass(frozen=True)
 class Geometry:
     """Inner products of the mean gradients of one turn, before they are combined.
+
+    Over the parameters that all of them are of.
 
     Attributes
     ----------
@@ -62,8 +77,10 @@ class Geometry:
     def of(cls, gradients: Mapping[str, Gradient]) -> Geometry:
         """Measure the gradients of a turn."""
         names = tuple(gradients)
+        mask = shared(list(gradients.values()))
+        parts = [restricted(gradient, mask) for gradient in gradients.values()]
         upper = [(i, j) for i in range(len(names)) for j in range(i, len(names))]
-        products = inner_products([(gradients[names[i]], gradients[names[j]]) for i, j in upper])
+        products = inner_products([(parts[i], parts[j]) for i, j in upper])
         known = dict(zip(upper, products, strict=True))
         size = range(len(names))
         return cls(names, tuple(tuple(known[min(i, j), max(i, j)] for j in size) for i in size))
@@ -97,12 +114,15 @@ def smoothed(old: float | None, new: float, smoothing: float) -> float:
 class _Sample:
     """An objective's latest gradient and where it was taken. Its tensors are never written to."""
 
-    gradient: list[Tensor]
+    gradient: list[Tensor | None]
     parameters: list[Tensor]
 
 
 class PairEstimates:
     """Running averages of the geometry of two objectives' gradients.
+
+    All over the parameters that both objectives have a gradient of, the other's latest if it is not
+    in the turn; nothing is averaged where there are none.
 
     Each gradient of an objective is compared with the one of the same objective before it,
     ``Δg = g - g'`` taken ``Δθ`` apart:
@@ -146,36 +166,40 @@ class PairEstimates:
         ``False``: the turn is ignored, because a gradient is not finite and must not decide the
         turns that follow, or because it is of neither objective.
         """
-        present = [name for name in self.names if name in gradients]
-        squares = inner_products([(gradients[name], gradients[name]) for name in present])
+        present = {name: gradients[name] for name in self.names if name in gradients}
+        squares = inner_products([(gradient, gradient) for gradient in present.values()])
         if not present or not all(map(math.isfinite, squares)):
             return False
-        norms = {name: math.sqrt(square) for name, square in zip(present, squares, strict=True)}
-        self._compare_objectives(gradients, norms)
-        for name, norm in norms.items():
-            self._average(f"norm/{name}", norm)
-            self._compare_with_before(name, gradients[name], parameters)
+        parts = self._shared(gradients)
+        self._compare_objectives(parts)
         for name in present:
-            self._latest[name] = _sample(gradients[name], parameters)
+            if any(part is not None for part in parts[name]):
+                (square,) = inner_products([(parts[name], parts[name])])
+                self._average(f"norm/{name}", math.sqrt(square))
+                self._compare_with_before(name, parts[name], parameters)
+        for name, gradient in present.items():
+            self._latest[name] = _sample(gradient, parameters)
         return True
 
-    def _compare_objectives(
-        self, gradients: Mapping[str, Gradient], norms: Mapping[str, float]
-    ) -> None:
-        pair: list[Gradient] = []
-        for name in self.names:
-            if name in norms:
-                pair.append(gradients[name])
-            elif name in self._latest:
-                pair.append(self._on(name, gradients[next(iter(norms))]).gradient)
-        if norms and len(pair) == 2:
-            one, other = pair
-            product, square, other_square = inner_products(
-                [(one, other), (one, one), (other, other)]
-            )
-            value = cosine(product, math.sqrt(square), math.sqrt(other_square))
-            if not math.isnan(value):
-                self._average("cosine", value)
+    def _shared(self, gradients: Mapping[str, Gradient]) -> dict[str, Gradient]:
+        """Both objectives' gradients, as far as they are known, where both have one."""
+        like = next(gradients[name] for name in self.names if name in gradients)
+        known: dict[str, Gradient] = {
+            name: gradients[name] if name in gradients else self._on(name, like).gradient
+            for name in self.names
+            if name in gradients or name in self._latest
+        }
+        mask = shared(list(known.values()))
+        return {name: restricted(gradient, mask) for name, gradient in known.items()}
+
+    def _compare_objectives(self, parts: Mapping[str, Gradient]) -> None:
+        if len(parts) < 2:
+            return
+        one, other = parts.values()
+        product, square, other_square = inner_products([(one, other), (one, one), (other, other)])
+        value = cosine(product, math.sqrt(square), math.sqrt(other_square))
+        if not math.isnan(value):
+            self._average("cosine", value)
 
     def _compare_with_before(
         self, name: str, gradient: Gradient, parameters: Sequence[Tensor]
@@ -184,7 +208,9 @@ class PairEstimates:
             return
         before = self._on(name, gradient)
         change = _difference(gradient, before.gradient, gradient)
-        moved = _difference(parameters, before.parameters, gradient)
+        if all(part is None for part in change):
+            return
+        moved = _difference(parameters, before.parameters, change)
         change_square, moved_square = inner_products([(change, change), (moved, moved)])
         self._average(f"variance/{name}", change_square / 2)
         if moved_square > 0:
@@ -197,9 +223,9 @@ class PairEstimates:
         """
         device = next((part.device for part in like if part is not None), None)
         sample = self._latest[name]
-        if device is not None and sample.gradient[0].device != device:
+        if device is not None and sample.parameters[0].device != device:
             sample = _Sample(
-                [part.to(device) for part in sample.gradient],
+                [None if part is None else part.to(device) for part in sample.gradient],
                 [part.to(device) for part in sample.parameters],
             )
             self._latest[name] = sample
@@ -230,20 +256,15 @@ def _vector(tensor: Tensor) -> Tensor:
 
 
 def _sample(gradient: Gradient, parameters: Sequence[Tensor]) -> _Sample:
-    import torch
-
     return _Sample(
-        [
-            torch.zeros_like(parameter) if part is None else part.detach().clone()
-            for part, parameter in zip(gradient, parameters, strict=True)
-        ],
+        [None if part is None else part.detach().clone() for part in gradient],
         [parameter.detach().clone() for parameter in parameters],
     )
 
 
-def _difference(one: Gradient, other: Sequence[Tensor], mask: Gradient) -> list[Tensor | None]:
+def _difference(one: Gradient, other: Gradient, mask: Gradient) -> list[Tensor | None]:
     """``one - other`` where ``mask`` has a gradient."""
     return [
-        None if part is None or x is None else x.detach() - y
+        None if part is None or x is None or y is None else x.detach() - y
         for x, y, part in zip(one, other, mask, strict=True)
     ]

@@ -23,7 +23,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from holdfast.joint.geometry import Gradient, PairEstimates, inner_products
+from holdfast.joint.geometry import Gradient, PairEstimates, inner_products, shared
 
 if TYPE_CHECKING:  # torch is slow to import and recipes are checked without it
     from torch import Tensor
@@ -189,6 +189,9 @@ def efficiency_ratio(ratio: float, progress: float, benefit: float) -> float:
 class CycleEstimates(PairEstimates):
     """Running averages of what the updates of a cycle gain, promised and observed.
 
+    Over the parameters that both objectives train, as all estimates: what a critic of RL gains is
+    not part of it.
+
     Observed is the change of the RL loss by the steps that were truly taken, whatever the
     optimiser: ``-½ (g + g')·Δθ`` with the RL gradients before and after, exact on a quadratic. (An
     update by imitation alone and the RL update before it lie between the same two gradients; their
@@ -224,7 +227,7 @@ class CycleEstimates(PairEstimates):
 
     def update(self, gradients: Mapping[str, Gradient], parameters: Sequence[Tensor]) -> bool:
         if self.names[1] in gradients and self.names[1] in self._latest:
-            self._look_back(gradients[self.names[1]], parameters)
+            self._look_back(self._shared(gradients)[self.names[1]], parameters)
         taken = super().update(gradients, parameters)
         if taken:
             self._before = [name for name in self.names if name in gradients]
@@ -233,6 +236,8 @@ class CycleEstimates(PairEstimates):
     def _look_back(self, gradient: Gradient, parameters: Sequence[Tensor]) -> None:
         first, second = self.names
         sample = self._on(second, gradient)
+        if not any(shared([gradient, sample.gradient])):
+            return
         ends = [sample.parameters, parameters]
         keys = ["benefit" if first in self._before else "progress"]
         if self._before == [first]:

@@ -211,6 +211,27 @@ def test_each_parameter_gets_the_gradients_of_those_objectives_that_have_one():
     assert values == [[5.0, 5.0], [2.0], [3.0, 3.0, 3.0], None]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_what_one_objective_alone_trains_is_no_part_of_surgery(method):
+    """However long the gradient of a critic, the shared policy gets the same, and the critic its
+    own gradient whole."""
+    matrix = conflicting()
+    for length in (1.0, 1e4):
+        critic = torch.full((3,), length, dtype=matrix.dtype)
+        given_ = {"a": [matrix[0].clone(), None], "b": [matrix[1].clone(), critic.clone()]}
+        found = Surgery(method)(given_, {"a": 1.0, "b": 1.0})
+        torch.testing.assert_close(found[0], combine(matrix, method))
+        assert torch.equal(found[1], critic)
+
+
+def test_networks_that_share_nothing_get_their_own_gradients():
+    given_ = {"a": [torch.ones(2), None], "b": [None, torch.full((3,), 5.0)]}
+    surgery = Surgery("upgrad", scale="match")
+    found = surgery(given_, {"a": 2.0, "b": 1.0})
+    assert [part.tolist() for part in found] == [[2.0, 2.0], [5.0, 5.0, 5.0]]
+    assert surgery.used["scale"] == 1.0
+
+
 def test_pcd_follows_running_averages_and_goes_on_where_it_stood():
     rows = [random_gradients(seed) for seed in range(8)]
     oracle = aggregation.PCD()

@@ -132,7 +132,7 @@ def test_promises_are_those_of_the_averages():
     assert found["efficiency/promised"] == pytest.approx(efficiency_ratio(3, progress, benefit))
 
 
-def test_networks_that_share_nothing_give_reinforcement_no_benefit():
+def test_networks_that_share_nothing_are_not_compared():
     estimates = CycleEstimates(("il", "rl"), 0.0)
     base, residual = torch.tensor([1.0]), torch.tensor([2.0])
     for turn in ("il", "rl", "rl", "il", "rl"):
@@ -142,9 +142,29 @@ def test_networks_that_share_nothing_give_reinforcement_no_benefit():
             base = base * 0.9
         else:
             residual = residual * 0.8
-    found = estimates.record(2)
-    assert found["benefit/observed"] == 0 and found["cosine"] == 0
-    assert found["efficiency/observed"] == pytest.approx(2 / 3)
+    assert not any(key.startswith(("cosine", "benefit", "progress")) for key in estimates.record(2))
+
+
+def test_a_critic_of_reinforcement_alone_changes_no_estimate():
+    def estimated(critic_scale):
+        """With ``None``: no critic. Reinforcement has no gradient on the policy at first."""
+        estimates = CycleEstimates(("il", "rl"), 0.5)
+        theta, critic = torch.tensor([1.0, -2.0]), torch.tensor([3.0])
+        for step in range(9):
+            warm = step < 3
+            il = {"il": [theta - 1.0, None]}
+            rl = {"rl": [None if warm else 2.0 * theta, critic_scale * critic]}
+            parts = il if step % 3 == 0 else rl
+            estimates.update(parts, [theta, critic])
+            theta = theta - (0.0 if warm and step % 3 else 0.1) * theta
+            critic = 0.9 * critic
+        return estimates.record(2)
+
+    found = estimated(1.0)
+    assert found == estimated(1000.0)
+    # After the warm-up alone reinforcement's gradient is that on the policy.
+    assert found["smoothness/rl"] == pytest.approx(2.0, rel=1e-5)
+    assert found["progress/observed"] > 0
 
 
 def test_a_turn_that_is_not_finite_is_no_turn():

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from holdfast.joint.combine.methods import canonical, check_installed, pcd, weights_of
-from holdfast.joint.geometry import Geometry, Gradient, smoothed
+from holdfast.joint.geometry import Geometry, Gradient, restricted, shared, smoothed
 
 if TYPE_CHECKING:  # torch is slow to import and recipes are checked without it
     from torch import Tensor
@@ -63,7 +63,8 @@ class Surgery:
     """Gradient surgery: the gradients are projected or balanced before they are summed.
 
     Works on the gradients times their weights in the turn, from their inner products, in the
-    buffers where they lie. A turn with one objective is left as :class:`WeightedSum` leaves it.
+    buffers where they lie, on the parameters that all of them are of. A turn with one objective,
+    and a critic that only one objective trains, are left as :class:`WeightedSum` leaves them.
 
     For two gradients UPGrad is half of PCGrad. As long as they do not conflict both only take their
     mean or sum, and the relative scale of the two matters more than the projection.
@@ -125,7 +126,13 @@ class Surgery:
         chosen = self._pcd(names, gram) if self.method == "pcd" else weights_of(self.method, gram)
         final = {n: b * c for n, b, c in zip(names, before, chosen, strict=True)}
         self.used = {"scale": scale, "coefficients": final}
-        return _weighted(gradients, final)
+        mask = shared(list(gradients.values()))
+        together = _weighted({n: restricted(g, mask) for n, g in gradients.items()}, final)
+        alone = [not kept for kept in mask]
+        rest = _weighted({n: restricted(g, alone) for n, g in gradients.items()}, weights)
+        return [
+            one if kept else other for one, other, kept in zip(together, rest, mask, strict=True)
+        ]
 
     def _scale(self, geometry: Geometry) -> float:
         if isinstance(self.scale, float):
