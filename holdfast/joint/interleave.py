@@ -76,7 +76,8 @@ class Interleave:
             together = _together(first, second, combine)
             self.cycle = [({second: 1.0}, 1)]
             if ratio != math.inf:
-                self.cycle = [(together, 1), ({second: 1.0}, int(ratio) * unit)]
+                turns = _turns_left(ratio, unit, combine)
+                self.cycle = [(together, 1), ({second: 1.0}, turns)]
         else:
             beside = (second, ratio, updates_per_iteration)
             if combine or every != "update" or any(value is not None for value in beside):
@@ -242,7 +243,7 @@ class AdaptiveInterleave:
             self.left -= 1
             return Turn({self.second: 1.0})
         self.ratio = self.averages.ratio(self.form, self.maximum)
-        self.left = max(1, round(self.ratio * self.unit))
+        self.left = _turns_left(self.ratio, self.unit, self.second in self.together)
         return Turn(dict(self.together))
 
     def observe(self, name: str, loss: float) -> None:
@@ -310,6 +311,16 @@ def turns_per_unit(every: Every, updates_per_iteration: int | None) -> int:
             "at least 1"
         )
     return updates_per_iteration
+
+
+def _turns_left(ratio: float, unit: int, combine: bool) -> int:
+    """Turns of the second objective alone in a cycle.
+
+    An iteration's updates include the one that both objectives share, or cycles would drift through
+    the iterations.
+    """
+    shared = 1 if combine and unit > 1 else 0
+    return max(1, round(ratio * unit) - shared)
 
 
 def _together(first: str, second: str, combine: bool) -> dict[str, float]:
