@@ -237,14 +237,16 @@ class ReplaySource:
             others["cloned"] = others["actions"]
             columns = {name: torch.cat([column, others[name]]) for name, column in columns.items()}
         columns["rewards"] = columns["rewards"] * self.options.reward_scale
+        critic_only = self.round <= self.options.critic_warmup
         if self.prepare is not None:
             before = columns["cloned"]
             columns.update(self.prepare(columns, draw))
-            self.buffer.put("cloned", places, columns["cloned"][:own])
-            columns["cloned"] = torch.cat([columns["cloned"][:own], before[own:]])
+            # A critic that has learnt nothing yet improves nothing.
+            changed = 0 if critic_only else own
+            self.buffer.put("cloned", places[:changed], columns["cloned"][:changed])
+            columns["cloned"] = torch.cat([columns["cloned"][:changed], before[changed:]])
         columns.update(draw_noise(self.policy.actor, self.options.batch_size, draw))
-        critic_only = float(self.round <= self.options.critic_warmup)
-        return Table(columns, {**self._facts, "critic_only": (critic_only, 1.0)})
+        return Table(columns, {**self._facts, "critic_only": (float(critic_only), 1.0)})
 
     def _collect(self) -> None:
         seen = self._collector.collect(self.options.steps).columns

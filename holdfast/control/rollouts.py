@@ -128,10 +128,11 @@ class EnvironmentRollouts:
             self._rollouts = self._collect()
             self.round += 1
             self.used = 0
-        size = self.options.batch_size
-        epoch, part = divmod(self.used, math.ceil(self.rows / size))
+        parts = math.ceil(self.rows / self.options.batch_size)
+        epoch, part = divmod(self.used, parts)
         order = torch.Generator().manual_seed(hash((self.seed, self.round, epoch)) & (2**62 - 1))
-        indices = torch.randperm(self.rows, generator=order)[part * size : (part + 1) * size]
+        # Nearly equal parts: a few rows that are left over do not get a whole step of their own.
+        indices = torch.randperm(self.rows, generator=order).tensor_split(parts)[part]
         self.used += 1
         if self._denoising:
             return _denoising_steps(self._rollouts, indices)
@@ -159,7 +160,9 @@ class EnvironmentRollouts:
         if self.options.scale_rewards:
             self._scale.update(rewards, terminated | truncated)
             rewards = self._scale.scale(rewards)
-        values = self._values.denormalize(self._predicted(observations))
+        # What the critic says now, in its units: a clip of values is around it.
+        old_values = self._predicted(observations)
+        values = self._values.denormalize(old_values)
         after = self._values.denormalize(self._predicted(seen["final_observations"]))
         advantages, returns = generalized_advantage(
             rewards,
@@ -170,10 +173,9 @@ class EnvironmentRollouts:
             discount=self.options.discount,
             trace=self.options.trace,
         )
-        old_values = values
         if self.options.normalize_values:
             self._values.update(returns)
-            returns, old_values = self._values.normalize(returns), self._values.normalize(values)
+            returns = self._values.normalize(returns)
         if self.options.normalize_advantages:
             advantages = normalize_advantages(advantages)
         columns = {

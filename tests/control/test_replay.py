@@ -242,6 +242,17 @@ def test_improved_actions_are_written_back_and_the_critic_keeps_the_true_ones():
     assert torch.equal(stored["actions"], stored["actions"].clamp(-1, 1))
 
 
+def test_a_critic_that_learns_nothing_yet_improves_nothing():
+    policy = build(candidates=None)
+    improvement = Improvement(policy, steps=2, rate=0.05)
+    replay = source(policy, prepare=improvement, updates=4, critic_warmup=1)
+    for round_ in (1, 2):
+        batches = [replay.next().columns for _ in range(4)]
+        assert replay.round == round_
+        moved = [bool((batch["cloned"] != batch["actions"]).any()) for batch in batches]
+        assert moved == [round_ == 2] * 4
+
+
 @pytest.mark.parametrize("kind", ["gaussian", "diffusion"])
 @pytest.mark.parametrize("improves", [False, True])
 @pytest.mark.parametrize("used", [0, 1, 7])

@@ -88,11 +88,20 @@ def test_advantages_are_those_of_the_episodes_that_were_lived(terminates):
 def test_every_row_is_used_once_in_every_pass():
     rollouts = source(build(), batch_size=9)
     for _ in range(2):
-        rows = torch.cat([rollouts.next().columns["advantages"] for _ in range(3)])
+        parts = [rollouts.next().columns["advantages"] for _ in range(3)]
+        assert [len(part) for part in parts] == [8, 8, 8]  # not 9, 9 and 6
+        rows = torch.cat(parts)
         assert len(rows) == 24 == len(rows.unique())
     assert rollouts.round == 1
     rollouts.next()
     assert rollouts.round == 2
+
+
+def test_values_are_clipped_around_what_the_critic_says_now():
+    """In its own units, in which the first returns are not yet normalised."""
+    policy = build()
+    batch = source(policy, batch_size=24).next().columns
+    torch.testing.assert_close(policy.values(batch["observations"]).detach(), batch["old_values"])
 
 
 def test_an_update_that_went_too_far_ends_the_use_of_its_rollouts():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -162,6 +163,8 @@ class Policy(nn.Module, ABC):
 def observation_features(normalizer: Normalizer, observations: Tensor) -> Tensor:
     """Normalised, clipped to :data:`OBSERVATION_LIMIT` and flattened: ``(batch, history * size)``.
 
+    Nothing is clipped where nothing was fitted: raw units say nothing of what is far out.
+
     Parameters
     ----------
     normalizer : Normalizer
@@ -170,7 +173,8 @@ def observation_features(normalizer: Normalizer, observations: Tensor) -> Tensor
         ``(batch, history, size)``, in raw units.
     """
     values = normalizer.normalize(observations)
-    return values.clamp(-OBSERVATION_LIMIT, OBSERVATION_LIMIT).flatten(1)
+    limit = torch.where(normalizer.changes_nothing, math.inf, OBSERVATION_LIMIT)
+    return values.clamp(-limit, limit).flatten(1)
 
 
 def check_sizes(**sizes: int) -> None:

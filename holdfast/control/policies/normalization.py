@@ -92,6 +92,11 @@ class Normalizer(nn.Module):
         return len(self.low)
 
     @property
+    def changes_nothing(self) -> Tensor:
+        """``()``, bool: whether this is :meth:`identity`."""
+        return ((self.low == -1) & (self.high == 1)).all()
+
+    @property
     def scale(self) -> Tensor:
         """``(size,)``: raw units in one normalised unit."""
         return (self.high - self.low) / 2

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from holdfast.control.policies import Normalizer
+from holdfast.control.policies.interface import observation_features
 
 
 def draw(seed: int, rows: int = 50, size: int = 4) -> torch.Tensor:
@@ -89,3 +90,14 @@ def test_bad_arguments_name_themselves():
         Normalizer(torch.ones(2), torch.ones(2))
     with pytest.raises(ValueError, match=r"low has shape \(2,\) and high \(3,\)"):
         Normalizer(torch.zeros(2), torch.ones(3))
+
+
+@given(st.floats(-100, 100))
+def test_observations_are_clipped_where_bounds_were_fitted_and_only_there(value):
+    seen = torch.tensor([[[value]]])
+    plain = observation_features(Normalizer.identity(1), seen)
+    assert plain.item() == seen.item()
+    fitted = Normalizer.fit(torch.tensor([[-2.0], [2.0]]))
+    assert observation_features(fitted, seen).item() == pytest.approx(
+        max(-5.0, min(5.0, value / 2)), rel=1e-5, abs=1e-6
+    )
