@@ -48,6 +48,41 @@ class Summary:
         return {"loss": self.loss, "count": self.count, "metrics": self.metrics}
 
 
+class Along(Protocol):
+    """The policy, evaluated together with how its outputs change along a proposed step."""
+
+    policy: nn.Module
+    """In evaluation mode; its parameters are those after the step, so look at nothing but shapes
+    and devices."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[tuple[Tensor, Tensor | None]]:
+        """Call the policy as it was before the step, with these arguments.
+
+        Returns
+        -------
+        list of (Tensor, Tensor or None)
+            Each tensor of the tuple that the policy's forward pass returned, and its derivative
+            along the whole step; ``None`` where it does not depend on what is trained.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Which outcomes of a softmax count in how far a step spreads its logits.
+
+    Attributes
+    ----------
+    floor : float
+        Outcomes of a lower probability are left out. 0: none are.
+    binary : bool
+        Where there are two outcomes, take their exact radius ``sqrt(gap^2 + pi^2) / spread``.
+    """
+
+    floor: float = 0.0
+    binary: bool = False
+
+
 class Source(Protocol):
     """An endless, resumable stream of batches."""
 
@@ -94,6 +129,10 @@ class Objective:
         The objective's optimum ``f*``, in the units of its mean loss.
     micro_batch_size : int, optional
         Rows a forward pass takes at a time. ``None``: the whole batch.
+    radii : callable, optional
+        ``radii(along, rows, spread) -> Tensor (counted,)``: for every softmax that the rows count,
+        its radius of convergence along a proposed step, in lengths of that step; NaN where logits
+        are not finite. ``None``: the objective is not about softmaxes.
     """
 
     name: str
@@ -105,3 +144,4 @@ class Objective:
     probe: Sequence[Row] = ()
     optimum: float | None = None
     micro_batch_size: int | None = None
+    radii: Callable[[Along, Sequence[Row], Spread], Tensor] | None = None
