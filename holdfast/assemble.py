@@ -429,7 +429,10 @@ def accelerator_for(recipe: Recipe, folder: Path) -> Accelerator:
                 project_dir=str(folder),
                 # A critic takes part in its own objective's steps alone.
                 kwargs_handlers=[
-                    DistributedDataParallelKwargs(find_unused_parameters=_has_critic(recipe))
+                    DistributedDataParallelKwargs(
+                        find_unused_parameters=_has_critic(recipe)
+                        or isinstance(recipe.policy, ControlSpec)
+                    )
                 ],
             )
     except (ValueError, ImportError) as error:

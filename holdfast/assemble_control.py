@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from holdfast import schema
 from holdfast.assemble_control_rl import (
@@ -20,6 +22,7 @@ from holdfast.assemble_control_rl import (
     clone_loss,
     follow_average,
 )
+from holdfast.control.acting import acting
 from holdfast.control.actor_critic import ActorCritic
 from holdfast.control.demonstrations import (
     Chunks,
@@ -46,6 +49,7 @@ from holdfast.control.policies import (
     ResidualPolicy,
     load_policy,
 )
+from holdfast.control.watching import film, save_films
 from holdfast.errors import DataError, RecipeError
 from holdfast.joint import Objective
 from holdfast.joint.objective import Summary
@@ -112,6 +116,35 @@ def assemble_control(
     return policy, objectives, digests
 
 
+def film_rollouts(recipe: schema.Recipe, policy: nn.Module, folder: Path) -> None:
+    """Picture the first episodes of each evaluation, for the report; nothing without any.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Whose environments the policy acts in.
+    policy : ActorCritic
+        As it stands.
+    folder : Path
+        Made if there is something to write.
+    """
+    assert isinstance(policy, ActorCritic)
+    policy.eval()
+    films = []
+    for spec in recipe.objectives.values():
+        if isinstance(spec, schema.ControlRlSpec) and spec.films:
+            # The noise is drawn from the start, and so is not that of the evaluation.
+            films += film(
+                acting(policy.behaviour, seed=EVALUATION_SEED),
+                spec.environment.name,
+                spec.films,
+                seed=EVALUATION_SEED,
+                options=_options(spec.environment, policy.actor.history),
+            )
+    if films:
+        save_films(films, folder)
+
+
 # Demonstrations and environments ------------------------------------------------------------------
 
 
@@ -134,13 +167,17 @@ def _environments(
 ) -> VectorEnvironment:
     world = spec.environment
     say(f"{name}: {world.count} environments of {world.name}")
-    options = EnvironmentOptions(
+    options = _options(world, history)
+    return make_environments(world.name, world.count, seed=seed, options=options)
+
+
+def _options(world: schema.EnvironmentSpec, history: int) -> EnvironmentOptions:
+    return EnvironmentOptions(
         history=history,
         time_limit=world.time_limit,
         sparse=world.sparse,
         keywords=world.keywords,
     )
-    return make_environments(world.name, world.count, seed=seed, options=options)
 
 
 def _check_sizes(

@@ -43,6 +43,7 @@ _TRAINS: dict[str, tuple[type[Policy], ...]] = {
     "dppo": (DiffusionPolicy,),
     "idql": (GaussianPolicy, DiffusionPolicy),
     "awr": (GaussianPolicy, DiffusionPolicy),
+    "awc": (GaussianPolicy, DiffusionPolicy),
     "dipo": (GaussianPolicy, DiffusionPolicy),
 }
 
@@ -289,6 +290,8 @@ def _replay(
     prepare = None
     if isinstance(spec, schema.IdqlSpec):
         loss = ImplicitQ(clone, spec.discount, spec.tau)
+    elif isinstance(spec, schema.AwcSpec):
+        loss = ImplicitQ(clone, spec.discount, spec.tau, spec.temperature, spec.cap)
     else:
         assert isinstance(spec, schema.DipoSpec)
         loss = ImprovedActions(clone, spec.discount)

@@ -35,7 +35,7 @@ from holdfast.errors import HoldfastError, RecipeError, RunError
 from holdfast.joint.record import Recorder, machine, peak_memory_bytes, versions, write_json
 from holdfast.language.model import LanguagePolicy
 from holdfast.recipe import load_recipe
-from holdfast.schema import Recipe
+from holdfast.schema import ControlSpec, Recipe
 
 TRACKERS = "holdfast"
 """What trackers call the project; those that write files name a folder of the run after it."""
@@ -228,8 +228,8 @@ def _failed_before_training(folder: Path) -> bool:
 
 def _clear(folder: Path) -> None:
     """Remove what a run wrote, and only that."""
-    kinds = ("checkpoints", "refused", "model", "tokenizer", "tokenizer.partial", TRACKERS)
-    for name in kinds:
+    kinds = ("checkpoints", "refused", "model", "rollouts", "tokenizer", "tokenizer.partial")
+    for name in (*kinds, TRACKERS):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("run.json", "recipe.yaml", "metrics.jsonl", "report.html"):
         (folder / name).unlink(missing_ok=True)
@@ -284,6 +284,10 @@ def _execute(
         reason = trainer.train()
         if main and recorder is not None:
             assembly.policy.save_pretrained(folder / "model")
+            if isinstance(recipe.policy, ControlSpec) and not reason.startswith("interrupted"):
+                from holdfast.assemble_control import film_rollouts
+
+                film_rollouts(recipe, assembly.policy, folder / "rollouts")
             recorder.describe(
                 # An interrupted run can be resumed; the others are over.
                 status="stopped" if reason.startswith("interrupted") else "finished",

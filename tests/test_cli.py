@@ -21,7 +21,8 @@ from holdfast.language.model import load_policy
 from holdfast.language.tokenizers import build_tokenizer
 from holdfast.recipe import load_recipe, shipped_recipes
 
-COMMANDS = ["check", "train", "resume", "optimum", "report", "compare", "list"]
+COMMANDS = ["check", "train", "resume", "optimum", "stability", "report", "compare", "list"]
+GROUPS = {"demos": ["record", "inspect"]}
 SMALL = {"hidden_size": 32, "intermediate_size": 48}
 
 
@@ -77,18 +78,20 @@ def refused(call, folder: Path, *arguments: object) -> str:
 def test_help_without_arguments_names_every_command():
     for arguments in ([], ["--help"]):
         text = CliRunner().invoke(cli.app, arguments).output
-        for command in COMMANDS:
+        for command in [*COMMANDS, *GROUPS]:
             assert f" {command} " in text
         assert "holdfast train quickstart" in text
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [*COMMANDS, *(f"{group} {name}" for group in GROUPS for name in GROUPS[group])]
+)
 def test_help_of_every_command_describes_all_it_takes_and_has_an_example(command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    found = CliRunner().invoke(cli.app, [command, "--help"])
+    found = CliRunner().invoke(cli.app, [*command.split(), "--help"])
     assert found.exit_code == 0
     assert f"holdfast {command}" in found.output.partition("Example")[2], "an example"
-    function = getattr(cli, f"{command}_" if command == "list" else command)
+    function = getattr(cli, "list_" if command == "list" else command.replace(" ", "_"))
     assert inspect.getdoc(function).splitlines()[0] in found.output
     hints = get_type_hints(function, include_extras=True)
     hints.pop("return")
@@ -100,6 +103,12 @@ def test_help_of_every_command_describes_all_it_takes_and_has_an_example(command
 def test_every_command_is_tested():
     infos = cli.app.registered_commands
     assert {info.name or info.callback.__name__ for info in infos} == set(COMMANDS)
+    groups = {
+        info.typer_instance.info.name: info.typer_instance for info in cli.app.registered_groups
+    }
+    assert {
+        name: [info.name for info in group.registered_commands] for name, group in groups.items()
+    } == GROUPS
 
 
 def test_the_version_is_that_of_the_package(call):

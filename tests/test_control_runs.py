@@ -110,6 +110,7 @@ CLONING = {
     "idql": (GAUSSIAN, IDQL),
     "idql and demonstrations": (DIFFUSION, {**IDQL, "data": DEMOS}),
     "awr": (DIFFUSION, AWR),
+    "awc": (DIFFUSION, {**REPLAY, "kind": "awc"}),
     "dipo": (GAUSSIAN, {**REPLAY, "kind": "dipo", "action_rate": 0.01, "data": DEMOS}),
     "ppo and demonstrations": (GAUSSIAN, {**RL, "cloning": {"weight": 0.5}, "data": DEMOS}),
     "dppo and teacher": (
@@ -137,6 +138,15 @@ def test_imitation_is_interleaved_into_reinforcement_learning(write, kind, combi
     for line in lines(run, "train"):
         assert all(math.isfinite(seen["loss"]) for seen in line["objectives"].values())
         assert ("geometry" in line) == (len(line["objectives"]) == 2)
+    gains = lines(run, "train")[-1]["estimates"]
+    assert gains["ratio"] == 2
+    shared = ("cosine", "norm/il", "norm/rl", "efficiency/promised", "efficiency/observed")
+    if kind == "residual":
+        assert not gains.keys() & {*shared}, "the two networks have nothing in common"
+    else:
+        assert all(math.isfinite(gains[entry]) for entry in shared)
+    films = json.loads((run / "rollouts" / "rollouts.json").read_text())
+    assert len(films) == 3 and all((run / "rollouts" / film["file"]).is_file() for film in films)
     evaluated = lines(run, "eval")[-1]["objectives"]
     assert evaluated["rl"]["count"] == 4 and "success" in evaluated["rl"]["metrics"]
     assert evaluated["il"]["count"] > 0
@@ -154,7 +164,9 @@ def test_what_clones_its_own_data_is_trained_and_evaluated(write, kind):
     assert len(trained) == 12 and all(math.isfinite(seen["loss"]) for seen in trained)
     metrics = trained[-1]["metrics"]
     assert metrics["critic_only"] == 0.0 and metrics["environment_steps"] > 100
-    wanted = {"idql": "value_loss", "dipo": "q_loss", "awr": "weight"}.get(kind.split()[0])
+    wanted = {"idql": "value_loss", "dipo": "q_loss", "awr": "weight", "awc": "weight"}.get(
+        kind.split()[0]
+    )
     assert (wanted or f"cloning/{kind.split()[-1]}") in metrics
     assert lines(run, "eval")[-1]["objectives"]["rl"]["count"] == 4
     assert load_policy(run / "model").kind == ("implicit" if "idql" in kind else policy["kind"])

@@ -215,6 +215,8 @@ class PolicyOptimisation:
 class EpisodeEvaluation:
     """Episodes on fixed seeds: the mean success, or return, as a loss with its sign turned.
 
+    Rows are the numbers of episodes.
+
     Attributes
     ----------
     environments : VectorEnvironment
@@ -232,9 +234,11 @@ class EpisodeEvaluation:
     def __call__(self, policy: nn.Module, rows: Sequence[int]) -> LossTerms:
         assert isinstance(policy, ActorCritic)
         act = acting(policy.behaviour, seed=self.seed)
-        found = evaluate(act, self.environments, len(rows), self.seed)
+        found = evaluate(act, self.environments, list(rows), self.seed)
         metrics = {
             "reward": torch.tensor(found.returns.sum()),
+            # For the interval of the mean return.
+            "reward_squared": torch.tensor((found.returns**2).sum()),
             "episode_length": torch.tensor(float(found.lengths.sum())),
         }
         if found.success is not None:

@@ -1,4 +1,4 @@
-"""Objectives that clone what was collected, by what critics make of it: IDQL, DIPO and AWR."""
+"""Objectives that clone what was collected, by what critics make of it: IDQL, AWC, DIPO, AWR."""
 
 from __future__ import annotations
 
@@ -25,12 +25,14 @@ from holdfast.joint.table import Table
 
 @dataclass
 class ImplicitQ:
-    """Implicit diffusion Q-learning: critics of the logged actions, and a clone of all of them.
+    """Implicit Q-learning: critics of the logged actions, and a clone of all of them.
 
     Hansen-Estruch et al., "IDQL: Implicit Q-Learning as an Actor-Critic Method with Diffusion
     Policies". The three losses are of networks that share nothing, so their sum is one step of
     each. The clone is unweighted; what is better is chosen when it acts (see
-    :class:`~holdfast.control.policies.ImplicitPolicy`).
+    :class:`~holdfast.control.policies.ImplicitPolicy`). With a temperature it is advantage-weighted
+    cloning (AWC): each chunk by ``min(exp((Q - V) / temperature), cap)``, and the clone acts itself
+    (Kostrikov et al., "Offline Reinforcement Learning with Implicit Q-Learning", equation 7).
 
     Attributes
     ----------
@@ -40,11 +42,17 @@ class ImplicitQ:
         Per chunk, in [0, 1].
     tau : float
         Which expectile of Q the value is, in (0, 1).
+    temperature : float, optional
+        Of the weights, in units of reward. ``None``: all are cloned alike.
+    cap : float
+        The largest weight.
     """
 
     clone: CloningLoss
     discount: float
     tau: float = 0.8
+    temperature: float | None = None
+    cap: float = 100.0
 
     def __call__(self, policy: nn.Module, rows: Sequence[Any]) -> LossTerms:
         assert isinstance(rows, Table)
@@ -57,7 +65,8 @@ class ImplicitQ:
         with torch.no_grad():
             targets = inner.qs(observations, actions, target=True)
             after = inner.values(columns["final_observations"])
-        value = idql_value(inner.values(observations), targets, tau=self.tau)
+        values = inner.values(observations)
+        value = idql_value(values, targets, tau=self.tau)
         q = idql_critic(
             inner.qs(observations, actions),
             columns["rewards"],
@@ -65,7 +74,12 @@ class ImplicitQ:
             columns["terminated"],
             discount=self.discount,
         )
-        return _with_clone(rows, {"value_loss": value, "q_loss": q}, inner, self.clone)
+        weights = None
+        if self.temperature is not None:
+            weights = advantage_weights(
+                targets.amin(0) - values, temperature=self.temperature, cap=self.cap
+            )
+        return _with_clone(rows, {"value_loss": value, "q_loss": q}, inner, self.clone, weights)
 
 
 @dataclass
@@ -192,13 +206,21 @@ def _critic_only(rows: Table) -> bool:
 
 
 def _with_clone(
-    rows: Table, critics: Mapping[str, LossTerms], inner: ActorCritic, clone: CloningLoss
+    rows: Table,
+    critics: Mapping[str, LossTerms],
+    inner: ActorCritic,
+    clone: CloningLoss,
+    weights: Tensor | None = None,
 ) -> LossTerms:
     """Losses of critics, and the actor's, which is cloned from the column ``cloned``."""
     columns = rows.to(inner.device).columns
     with torch.set_grad_enabled(torch.is_grad_enabled() and not _critic_only(rows)):
-        total = row_losses(inner.actor, {**columns, "actions": columns["cloned"]}, clone).sum()
-    metrics = {**rows.metrics(), "cloning": total.detach()}
+        losses = row_losses(inner.actor, {**columns, "actions": columns["cloned"]}, clone)
+    metrics = {**rows.metrics(), "cloning": losses.detach().sum()}
+    total = losses.sum()
+    if weights is not None:
+        weighted = weighted_regression(losses, weights)
+        total, metrics = weighted.total, {**metrics, **weighted.metrics}
     for name, terms in critics.items():
         total = total + terms.total
         metrics |= {**terms.metrics, name: terms.total.detach()}

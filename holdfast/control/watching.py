@@ -6,6 +6,7 @@ observations is drawn instead.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,6 +61,7 @@ def film(
     seed: int = 0,
     options: EnvironmentOptions | None = None,
     every: int = 4,
+    most: int = 64,
 ) -> list[Film]:
     """Let a policy act, and take a picture every few steps.
 
@@ -73,12 +75,18 @@ def film(
         The first episodes that :func:`~holdfast.control.environments.evaluate` runs with this seed.
     every : int
         Steps between pictures.
+    most : int
+        Pictures of an episode, at least 2: in a longer one there are twice as many steps between
+        them, or four times, and so on.
     """
-    options = replace(options or EnvironmentOptions(), render=True)
-    environments = make_environments(name, 1, options=options)
+    options = options or EnvironmentOptions()
+    try:
+        environments = make_environments(name, 1, options=replace(options, render=True))
+    except SimulatorError:  # Not to be had with a renderer; without one its path is drawn.
+        environments = make_environments(name, 1, options=options)
     try:
         return [
-            _film(act, environments, episode_seed, every)
+            _film(act, environments, episode_seed, every, most)
             for episode_seed in episode_seeds(seed, episodes, stream="evaluation")
         ]
     finally:
@@ -179,6 +187,29 @@ def save_gif(frames: Sequence[Picture], path: Path, *, seconds: float = 0.1) -> 
     )
 
 
+def save_films(films: Sequence[Film], folder: Path) -> None:
+    """Write animations, single pictures as PNG, and ``rollouts.json``, which lists them.
+
+    Raises
+    ------
+    DataError
+        If the folder cannot be written.
+    """
+    listed = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, shown in enumerate(films):
+            file = f"{number}.{'gif' if len(shown.frames) > 1 else 'png'}"
+            if len(shown.frames) > 1:
+                save_gif(shown.frames, folder / file)
+            else:
+                _scaled(shown.frames[0]).save(folder / file)
+            listed.append({"file": file, "caption": shown.caption, "drawn": shown.drawn})
+        (folder / "rollouts.json").write_text(json.dumps(listed, indent=1) + "\n", "utf-8")
+    except OSError as error:
+        raise DataError(f"{folder}: the rollouts cannot be written: {error}") from error
+
+
 def draw_path(observations: NDArray[np.floating], size: int = 160) -> Picture:
     """The two entries that vary most over ``observations`` ``(time, entries)``, as a path.
 
@@ -206,14 +237,17 @@ def draw_path(observations: NDArray[np.floating], size: int = 160) -> Picture:
     return np.asarray(image)
 
 
-def _film(act: Act, environments: VectorEnvironment, seed: int, every: int) -> Film:
+def _film(act: Act, environments: VectorEnvironment, seed: int, every: int, most: int) -> Film:
     observations = environments.reset([seed])
     frames: list[Picture] = []
     seen, total, taken, success, why = [observations[0, -1]], 0.0, 0, False, ""
     while environments.running.any():
         for action in act(observations)[0]:
             if taken % every == 0 and not why:
-                why = _take(environments, frames)
+                if len(frames) >= most:
+                    frames, every = frames[::2], 2 * every
+                if taken % every == 0:
+                    why = _take(environments, frames)
             step = environments.step(action[None, None])
             taken += 1
             seen.append(step.final_observations[0, -1])

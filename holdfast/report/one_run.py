@@ -7,6 +7,8 @@ from html import escape
 
 from holdfast.report import parts, plots, text
 from holdfast.report.plots import Line
+from holdfast.report.robots import METRICS as ACTING
+from holdfast.report.robots import about_robots, robot_sections
 from holdfast.report.runs import (
     EMPTY,
     Run,
@@ -29,6 +31,7 @@ def run_sections(run: Run, prefix: str) -> str:
         _header(run),
         _numbers(run),
         _objectives(run, slots),
+        robot_sections(run, slots, prefix),
         _objective_space(run, slots, prefix),
         _losses(run, slots, prefix),
         _turns(run, slots, prefix),
@@ -238,6 +241,8 @@ def _metrics(run: Run, slots: dict[str, int], prefix: str) -> str:
     names = {*run.training_metrics, *run.held_out_metrics}
     if "sampled_probability" in run.training_metrics:
         names -= {*DYNAMICS}
+    if about_robots(run):
+        names -= ACTING
     figures = [_metric(run, slots, f"{prefix}-metric", name) for name in sorted(names)]
     return "<h2>Metrics</h2>" + parts.grid(figures) if figures else ""
 

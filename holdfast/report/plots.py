@@ -58,6 +58,23 @@ class Line:
 
 
 @dataclass(frozen=True)
+class Band:
+    """What lies between two series, behind the curves.
+
+    Attributes
+    ----------
+    low, high : Series
+        Of the same steps.
+    slot : int or None
+        As of :class:`Line`.
+    """
+
+    low: Series
+    high: Series
+    slot: int | None
+
+
+@dataclass(frozen=True)
 class Trail:
     """The path of one run through the plane of two objectives.
 
@@ -89,10 +106,20 @@ def curves(
     y_label: str = "",
     *,
     levels: Sequence[tuple[float, int | None]] = (),
+    bands: Sequence[Band] = (),
     from_zero: bool = False,
 ) -> Figure:
     """Curves over steps; ``levels`` are horizontal dashed lines as ``(value, slot)``."""
     figure, axes = _figure(_HEIGHT)
+    for band in bands:
+        axes.fill_between(
+            band.low.steps,
+            band.low.values,
+            band.high.values,
+            color=_colour(band.slot),
+            alpha=0.16,
+            linewidth=0,
+        )
     for line in lines:
         _draw_line(axes, line)
     for value, slot in levels:
@@ -320,7 +347,7 @@ def _scale_y(axes: Axes, values: Iterable[np.ndarray[Any, Any]]) -> None:
 def _label(axes: Axes, x_label: str, y_label: str) -> None:
     axes.set_xlabel(_shortened(x_label, 44))
     axes.set_ylabel(_shortened(y_label, 32))
-    if x_label == "step":
+    if x_label.endswith(("step", "steps")):
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 2.5, 5, 10]))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}".replace(",", "\u202f"))
 

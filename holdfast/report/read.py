@@ -45,6 +45,9 @@ def read_run(path: Path) -> Run:
         weights=_by_name(metrics.weights),
         held_out=_by_name(metrics.held_out),
         gaps=_by_name(metrics.gaps),
+        held_out_counts=_by_name(metrics.held_out_counts),
+        geometry=_by_name(metrics.geometry),
+        estimates=_by_name(metrics.estimates),
         training_metrics={k: _by_name(v) for k, v in metrics.training_metrics.items()},
         held_out_metrics={k: _by_name(v) for k, v in metrics.held_out_metrics.items()},
         learning_rate=metrics.learning_rate.series(),
@@ -140,7 +143,8 @@ class _Metrics:
         self.learning_rate, self.grad_norm = _Column(), _Column()
         self.clipped_grad_norm = _Column()
         self.training, self.weights, self.gaps = _columns(), _columns(), _columns()
-        self.held_out = _columns()
+        self.held_out, self.held_out_counts = _columns(), _columns()
+        self.geometry, self.estimates = _columns(), _columns()
         self.training_metrics: defaultdict[str, _Columns] = defaultdict(_columns)
         self.held_out_metrics: defaultdict[str, _Columns] = defaultdict(_columns)
         self.events: list[Event] = []
@@ -170,6 +174,8 @@ class _Metrics:
                 else (self.held_out, self.held_out_metrics)
             )
             losses[name].add(step, _mapping(terms).get("loss"))
+            if kind == "eval":
+                self.held_out_counts[name].add(step, _mapping(terms).get("count"))
             for metric, value in _mapping(_mapping(terms).get("metrics")).items():
                 metrics[metric][name].add(step, value)
         return True
@@ -187,12 +193,20 @@ class _Metrics:
             self.weights[name].add(step, _mapping(terms).get("weight", 1.0))
         for name, gap in _mapping(record.get("gaps")).items():
             self.gaps[name].add(step, gap)
+        geometry = _mapping(record.get("geometry"))
+        for kind, prefix in (("norms", "norm"), ("cosines", "cosine")):
+            for name, value in _mapping(geometry.get(kind)).items():
+                self.geometry[f"{prefix}/{name}"].add(step, value)
+        for name, value in _mapping(record.get("estimates")).items():
+            self.estimates[name].add(step, value)
 
     def _cut(self, kind: str, step: int) -> None:
-        groups: list[_Columns] = [self.held_out, *self.held_out_metrics.values()]
+        groups: list[_Columns] = [self.held_out, self.held_out_counts]
+        groups += self.held_out_metrics.values()
         single: list[_Column] = []
         if kind == "train":
-            groups = [self.training, self.weights, self.gaps, *self.training_metrics.values()]
+            groups = [self.training, self.weights, self.gaps, self.geometry, self.estimates]
+            groups += self.training_metrics.values()
             single = [self.turns, self.seconds, self.learning_rate, self.grad_norm]
             single.append(self.clipped_grad_norm)
         for column in [*single, *(column for group in groups for column in group.values())]:

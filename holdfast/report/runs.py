@@ -76,8 +76,14 @@ class Run:
     training, weights, held_out, gaps : mapping of str to Series
         By objective: training loss and weight of each update, held-out loss of each evaluation,
         weighted optimality gap behind each turn.
+    held_out_counts : mapping of str to Series
+        By objective: what each evaluation was a mean over.
     training_metrics, held_out_metrics : mapping of str to mapping of str to Series
         By metric, then by objective.
+    geometry : mapping of str to Series
+        ``norm/NAME`` and ``cosine/ONE/OTHER`` of the gradients of steps of several objectives.
+    estimates : mapping of str to Series
+        What the schedule knew at each step, by its own names.
     learning_rate, grad_norm, clipped_grad_norm, seconds : Series
         By optimiser step; ``seconds`` is the cumulative training time.
     events : tuple of Event
@@ -95,8 +101,11 @@ class Run:
     weights: Mapping[str, Series] = field(default_factory=dict)
     held_out: Mapping[str, Series] = field(default_factory=dict)
     gaps: Mapping[str, Series] = field(default_factory=dict)
+    held_out_counts: Mapping[str, Series] = field(default_factory=dict)
     training_metrics: Mapping[str, Mapping[str, Series]] = field(default_factory=dict)
     held_out_metrics: Mapping[str, Mapping[str, Series]] = field(default_factory=dict)
+    geometry: Mapping[str, Series] = field(default_factory=dict)
+    estimates: Mapping[str, Series] = field(default_factory=dict)
     learning_rate: Series = EMPTY
     grad_norm: Series = EMPTY
     clipped_grad_norm: Series = EMPTY

@@ -10,6 +10,7 @@ import yaml
 
 from holdfast.report import parts, plots, text
 from holdfast.report.plots import Line
+from holdfast.report.robots import robot_comparison
 from holdfast.report.runs import (
     EMPTY,
     Run,
@@ -41,6 +42,7 @@ def comparison_sections(runs: Sequence[Run]) -> str:
     ends = [*trails, *_measures(runs, names, objectives)]
     if ends:
         sections.append(f"<h2>Where the runs ended</h2>{note}{parts.grid(ends)}")
+    sections.append(robot_comparison(runs, names))
     overlays = [*_overlays(runs, names, objectives)]
     if overlays:
         sections.append(f"<h2>Over steps</h2><p>{legend}</p>{parts.grid(overlays)}")

@@ -23,6 +23,7 @@ from holdfast.schema.control import (
     SavedSpec,
 )
 from holdfast.schema.control_rl import (
+    AwcSpec,
     AwrSpec,
     ClippedControlSpec,
     ControlPpoSpec,
@@ -74,6 +75,7 @@ __all__ = [
     "AnchorSpec",
     "AnyObjective",
     "AnySchedule",
+    "AwcSpec",
     "AwrSpec",
     "BellmanSpec",
     "ChoiceSpec",

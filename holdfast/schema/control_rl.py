@@ -27,6 +27,9 @@ class ControlRlSpec(TrainedSpec):
     critic_warmup: int = Field(2, ge=0, description="times of collecting for the critics alone")
     episodes: int = Field(50, ge=0, description="of an evaluation, on fixed seeds")
     probe_episodes: int = Field(0, ge=0, description="of a schedule's gap")
+    films: int = Field(
+        3, ge=0, description="episodes of the evaluation that the report shows in pictures"
+    )
     score: Literal["success", "return"] | None = Field(
         None, description="what is evaluated; null: success where rewards are sparse"
     )
@@ -166,6 +169,15 @@ class IdqlSpec(ReplaySpec):
     choice_tau: float = Field(
         0.7, gt=0, lt=1, description="weight of candidates above the value, while training"
     )
+
+
+class AwcSpec(ReplaySpec):
+    """Advantage-weighted cloning: of all that was done, the more the critics make of it."""
+
+    kind: Literal["awc"] = "awc"
+    tau: float = Field(0.7, gt=0, lt=1, description="which expectile of Q the value is")
+    temperature: float = Field(0.1, gt=0, description="of Q less the value; small: only the best")
+    cap: float = Field(100.0, gt=0, description="the largest weight")
 
 
 class DipoSpec(ReplaySpec):

@@ -22,6 +22,7 @@ from holdfast.schema.control import (
     SavedSpec,
 )
 from holdfast.schema.control_rl import (
+    AwcSpec,
     AwrSpec,
     ControlPpoSpec,
     ControlRlSpec,
@@ -115,6 +116,7 @@ AnyObjective = Annotated[
     | DppoSpec
     | IdqlSpec
     | AwrSpec
+    | AwcSpec
     | DipoSpec
     | BellmanSpec
     | ChoiceSpec
@@ -264,6 +266,8 @@ class Recipe(Spec):
             values.pop(entry)
         values["training"].pop("report_to")
         values["schedule"].pop("estimates", None)
+        for objective in values["objectives"].values():
+            objective.pop("films", None)
         # What is not set changes no number: runs from before these entries existed go on.
         for part, entry in ((values, "combiner"), (values["training"], "learning_rates")):
             if not part[entry]:

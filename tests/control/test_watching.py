@@ -1,5 +1,6 @@
 """Pictures: replays that are the recording, and paths where nothing can be rendered."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -50,6 +51,32 @@ def test_a_renderer_that_fails_leaves_a_path(recorded, monkeypatch):
     assert "no driver" in watching.replay(recorded, 0).drawn
     shown = watching.film(scripted_expert(NAME), NAME)
     assert "no driver" in shown[0].drawn and len(shown[0].frames) == 1
+
+
+def test_a_long_film_has_no_more_pictures_than_asked_for():
+    act = scripted_expert(NAME)
+    (every,) = watching.film(act, NAME, every=1, most=1000)
+    (few,) = watching.film(act, NAME, every=1, most=8)
+    assert len(every.frames) > 32 and 4 < len(few.frames) <= 9
+    stride = 2 ** int(np.ceil(np.log2((len(every.frames) - 1) / 8)))
+    np.testing.assert_array_equal(few.frames[:-1], every.frames[:-1:stride])
+    np.testing.assert_array_equal(few.frames[-1], every.frames[-1])
+
+
+def test_films_are_listed_with_what_they_show(tmp_path):
+    frames = [np.full((20, 20, 3), shade, dtype=np.uint8) for shade in (0, 90, 250)]
+    films = [watching.Film(frames, "moving"), watching.Film(frames[:1], "still", "no driver")]
+    watching.save_films(films, tmp_path / "rollouts")
+    listed = json.loads((tmp_path / "rollouts" / "rollouts.json").read_text())
+    assert [film["caption"] for film in listed] == ["moving", "still"]
+    assert [film["drawn"] for film in listed] == ["", "no driver"]
+    with Image.open(tmp_path / "rollouts" / listed[0]["file"]) as moving:
+        assert moving.format == "GIF" and moving.n_frames == 3
+    with Image.open(tmp_path / "rollouts" / listed[1]["file"]) as still:
+        assert still.format == "PNG" and still.size == (20, 20)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        watching.save_films(films, tmp_path / "file")
 
 
 def test_a_film_shows_the_episodes_of_an_evaluation():

@@ -10,7 +10,6 @@ from holdfast.control.environments.evaluation import (
     Evaluation,
     bootstrap_interval,
     evaluate,
-    wilson_interval,
 )
 from holdfast.control.environments.interface import (
     Act,
@@ -37,5 +36,4 @@ __all__ = [
     "make_environments",
     "require",
     "scripted_expert",
-    "wilson_interval",
 ]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from holdfast.control.environments.interface import Act, Bools, Integers, VectorEnvironment
 from holdfast.control.environments.keyed import episode_seeds
-
-Interval = tuple[float, float]
+from holdfast.joint.intervals import Interval, normal_quantile, wilson_interval
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class Evaluation:
 def evaluate(
     act: Act,
     environments: VectorEnvironment,
-    episodes: int,
+    episodes: int | Sequence[int],
     seed: int = 0,
     *,
     begin: Callable[[Bools], None] | None = None,
@@ -91,8 +89,8 @@ def evaluate(
         Observations to chunks of actions.
     environments : VectorEnvironment
         Reset by this: use others than those that a policy is trained in.
-    episodes : int
-        At least 1.
+    episodes : int or sequence of int
+        The first so many, at least 1, of the set; or the numbers of those that are wanted.
     seed : int
         Of the set of episodes. Never the seeds of training or of recorded demonstrations.
     begin : callable, optional
@@ -102,15 +100,17 @@ def evaluate(
     Raises
     ------
     ValueError
-        If ``episodes`` is below 1, or ``act`` answers in a wrong shape.
+        If there are no episodes, or ``act`` answers in a wrong shape.
     SimulatorError
         If an action is not finite.
     """
-    if episodes < 1:
+    numbers = range(episodes) if isinstance(episodes, int) else episodes
+    if not len(numbers):
         raise ValueError(f"episodes is {episodes}: it must be at least 1")
-    seeds = episode_seeds(seed, episodes, stream="evaluation")
-    returns, lengths = np.zeros(episodes), np.zeros(episodes, dtype=np.int64)
-    success = np.zeros(episodes, dtype=np.bool_)
+    known = episode_seeds(seed, max(numbers) + 1, stream="evaluation")
+    seeds = [known[number] for number in numbers]
+    returns, lengths = np.zeros(len(seeds)), np.zeros(len(seeds), dtype=np.int64)
+    success = np.zeros(len(seeds), dtype=np.bool_)
     observations = environments.reset(seeds)
     begun = environments.running
     while environments.running.any():
@@ -123,23 +123,6 @@ def evaluate(
         success[which] = step.success[step.ended]
         observations, begun = step.observations, step.ended & environments.running
     return Evaluation(seeds, returns, lengths, success if environments.reports_success else None)
-
-
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Interval:
-    """Interval of a proportion (Wilson 1927): sound for few trials and at 0 and 1.
-
-    Raises
-    ------
-    ValueError
-        Unless ``0 <= successes <= trials``, ``trials >= 1`` and ``0 < confidence < 1``.
-    """
-    if not 0 <= successes <= trials or trials < 1:
-        raise ValueError(f"successes is {successes} of trials {trials}")
-    z = _quantile(confidence)
-    rate, scale = successes / trials, 1 + z**2 / trials
-    middle = (rate + z**2 / (2 * trials)) / scale
-    half = z / scale * (rate * (1 - rate) / trials + z**2 / (4 * trials**2)) ** 0.5
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def bootstrap_interval(
@@ -155,14 +138,8 @@ def bootstrap_interval(
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1 or len(values) < 1:
         raise ValueError(f"values has shape {values.shape}: it must be (n,) with n at least 1")
-    _quantile(confidence)
+    normal_quantile(confidence)
     draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
     tail = (1 - confidence) / 2
     low, high = np.quantile(values[draws].mean(axis=1), [tail, 1 - tail])
     return float(low), float(high)
-
-
-def _quantile(confidence: float) -> float:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is {confidence}: it must be between 0 and 1")
-    return NormalDist().inv_cdf((1 + confidence) / 2)
