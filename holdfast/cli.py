@@ -114,6 +114,50 @@ def optimum(recipe: RecipeArgument, set_: SetOption = None) -> None:
     console.print(table)
 
 
+@app.command(
+    epilog="Examples:  holdfast stability bellman-bus   |   "
+    "holdfast stability my.yaml --rows 32 --sizes 3",
+)
+def stability(
+    recipe: RecipeArgument,
+    set_: SetOption = None,
+    output: Annotated[
+        str | None, typer.Option(help="The folder; by default the recipe's run directory.")
+    ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(min=1, help="Observations to replace; by default 500 of a table, else 16."),
+    ] = None,
+    draws: Annotated[
+        int | None,
+        typer.Option(min=1, help="Replacements of each; by default 4 of a table, else 1."),
+    ] = None,
+    sizes: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Sizes of parts of the data to measure on; by default 4 of a table, else 0."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of rows and replacements.")] = 0,
+) -> None:
+    """Measure how far values or rewards would move, had one observation been another."""
+    overrides = list(set_ or ())
+    if output is not None:
+        overrides.append(f"output={json.dumps(output)}")
+    loaded = load_recipe(recipe, overrides)
+
+    from holdfast.report import stability_tables, write_stability
+    from holdfast.run import measure_stability
+
+    folder = measure_stability(
+        loaded, rows=rows, draws=draws, sizes=sizes, seed=seed, console=console
+    )
+    for table in stability_tables(folder):
+        console.print(table)
+    _say(f"result: {folder / 'stability.json'}")
+    _say(f"report: {write_stability(folder)}")
+
+
 @app.command(epilog="Example:  holdfast report runs/quickstart --output quickstart.html")
 def report(
     runs: RunsArgument,
@@ -152,7 +196,17 @@ def list_() -> None:
     console.print(recipes)
     kinds = Table("part", "kind", "what it is")
     for part, known in (
-        ("policy", (schema.LanguagePolicySpec,)),
+        (
+            "policy",
+            (
+                schema.LanguagePolicySpec,
+                schema.GaussianSpec,
+                schema.DiffusionSpec,
+                schema.ResidualSpec,
+                schema.SavedSpec,
+                schema.SoftQSpec,
+            ),
+        ),
         ("objective", schema.kinds(schema.AnyObjective)),
         ("schedule", schema.kinds(schema.AnySchedule)),
     ):

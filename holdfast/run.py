@@ -35,10 +35,12 @@ from holdfast.errors import HoldfastError, RecipeError, RunError
 from holdfast.joint.record import Recorder, machine, peak_memory_bytes, versions, write_json
 from holdfast.language.model import LanguagePolicy
 from holdfast.recipe import load_recipe
-from holdfast.schema import ControlSpec, Recipe
+from holdfast.schema import ControlSpec, Recipe, SoftQSpec
 
 TRACKERS = "holdfast"
 """What trackers call the project; those that write files name a folder of the run after it."""
+STABILITY = "stability.json"
+"""What a measurement of stability writes into a run directory, beside ``stability.html``."""
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -134,6 +136,62 @@ def find_optima(recipe: Recipe, *, console: Console | None = None) -> dict[str, 
     return {name: _optimum(recipe, name, assembly.keys[name], console) for name in wanted}
 
 
+def measure_stability(
+    recipe: Recipe,
+    *,
+    rows: int | None = None,
+    draws: int | None = None,
+    sizes: int | None = None,
+    seed: int = 0,
+    console: Console | None = None,
+) -> Path:
+    """Measure what one observation does to the estimate of a recipe on logged decisions.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Its policy is a soft Q-function.
+    rows, draws, sizes, seed
+        As of :func:`holdfast.bellman.sensitivity.measure_sensitivity`; ``sizes`` is by default 4
+        for tables and 0 for networks, whose runs take long.
+    console : Console, optional
+        Where a person is told what happens.
+
+    Returns
+    -------
+    Path
+        The run directory, which need not hold a run. The result is its ``stability.json``.
+
+    Raises
+    ------
+    RecipeError
+        If the recipe is not on logged decisions.
+    HoldfastError
+        For anything else that a user can mend, such as a setting that leaves the saddle.
+    """
+    if not isinstance(recipe.policy, SoftQSpec):
+        raise RecipeError(
+            f"policy.kind is {recipe.policy.kind}: stability is measured for soft_q, on logged "
+            "decisions"
+        )
+    _quieten_libraries()
+    try:
+        from holdfast.assemble_bellman import stability_record
+    except ImportError as error:
+        raise RecipeError(
+            f"policy.kind soft_q needs a package that is not installed ({error}): pip install "
+            "holdfast[bellman]"
+        ) from error
+    folder = run_folder(recipe)
+    _make(folder)
+    say = console.print if console is not None else lambda text: None
+    record = stability_record(
+        recipe, folder, rows=rows, draws=draws, sizes=sizes, seed=seed, say=say
+    )
+    write_json(folder / STABILITY, record)
+    return folder
+
+
 def recipe_of(folder: Path) -> Recipe:
     """The resolved recipe of a run.
 
@@ -182,7 +240,9 @@ def _make(folder: Path) -> None:
 def _claim(folder: Path, recipe: Recipe, overwrite: bool) -> None:
     """Make ``folder`` the directory of this recipe's run."""
     # A recipe alone is a claim that was cut short; run.json completes it.
-    if {path.name for path in folder.iterdir()} - {"recipe.yaml", "run.json.partial"}:
+    # A measurement of stability needs no run.
+    ours = {"recipe.yaml", "run.json.partial", STABILITY, "stability.html"}
+    if {path.name for path in folder.iterdir()} - ours:
         _refuse_or_clear(folder, recipe, overwrite)
     text = yaml.safe_dump(recipe.dump(), sort_keys=False, allow_unicode=True)
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")

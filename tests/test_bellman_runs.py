@@ -8,10 +8,14 @@ import pytest
 import yaml
 
 from holdfast import run as runs
-from holdfast.bellman import TabularMDP
+from holdfast.assemble_bellman import pose, step_ratio
+from holdfast.bellman import TabularMDP, rank_influence
+from holdfast.bellman.problem import Batch
+from holdfast.bellman.sgda import descend_ascend
 from holdfast.bellman.soft_q import SoftQ
-from holdfast.errors import DataError, RecipeError
+from holdfast.errors import DataError, RecipeError, TrainingError
 from holdfast.recipe import load_recipe
+from holdfast.schema import Recipe
 
 DISCOUNT = 0.7
 
@@ -69,7 +73,7 @@ def test_the_saddle_finds_soft_values_where_the_td_error_is_biased(tmp_path):
         if kind == "td_error":
             values = recipe.dump()
             values["training"]["learning_rates"] = {}
-            recipe = type(recipe).model_validate(values)
+            recipe = Recipe.model_validate(values)
         folder = runs.train(recipe, overwrite=True)
         found = SoftQ.from_pretrained(folder / "model")
         errors[kind] = np.abs(found.q.weight.detach().numpy() - exact).max()
@@ -127,7 +131,9 @@ def test_networks_train_on_observations(tmp_path):
 @pytest.mark.parametrize(
     ("objective", "error", "message"),
     [
-        ({"kind": "bellman_saddle", "discount": 1.0}, RecipeError, "discount"),
+        ({"kind": "bellman_saddle", "discount": 1.0}, RecipeError, r"yaml:\d+: .*discount"),
+        ({"kind": "bellman_saddle", "discount": -0.1}, RecipeError, r"yaml:\d+: .*discount"),
+        ({"kind": "td_error", "discount": float("nan")}, RecipeError, r"yaml:\d+: .*discount"),
         (
             {"kind": "anchor_bellman", "discount": 0.5, "anchor_action": 3},
             RecipeError,
@@ -157,3 +163,191 @@ def test_a_reward_that_was_not_seen_is_named(tmp_path):
     objective = {"kind": "td_error", "discount": 0.5, "data": {"path": "rows.csv"}}
     with pytest.raises(DataError, match="reward"):
         runs.train(write(tmp_path, {"values": objective}, states=4))
+
+
+def test_the_dual_moves_faster_unless_told(tmp_path):
+    logged(tmp_path, TabularMDP.random(4, 3, DISCOUNT, seed=0), 300)
+    objective = {"kind": "bellman_saddle", "discount": DISCOUNT}
+    recipe = write(tmp_path, {"values": objective}, states=4, step_ratio=5)
+    assert step_ratio(recipe) == pytest.approx(3.0), "learning_rates.zeta wins"
+    values = recipe.dump()
+    values["training"].update(learning_rates={}, max_steps=2, eval_steps=2, save_steps=2)
+    recipe = Recipe.model_validate(values)
+    assert step_ratio(recipe) == 5.0
+    folder = runs.train(recipe)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    (first, *_) = [line for line in lines if line["kind"] == "train"]
+    rates = first["learning_rate"], first["learning_rates"]["zeta"]
+    assert rates[1] == pytest.approx(5 * rates[0])
+
+
+def test_a_common_rate_that_leaves_the_saddle_is_refused_before_training(tmp_path):
+    model = TabularMDP.random(4, 3, 0.97, seed=0)
+    logged(tmp_path, model, 600)
+    objective = {"kind": "bellman_saddle", "discount": 0.97}
+    recipe = write(tmp_path, {"values": objective}, states=4)
+    values = recipe.dump()
+    values["training"]["learning_rates"] = {"zeta": values["training"]["learning_rate"]}
+    recipe = Recipe.model_validate(values)
+    with pytest.raises(TrainingError, match="leaves the saddle.*set step_ratio to"):
+        runs.train(recipe)
+    with pytest.raises(TrainingError, match="leaves the saddle.*set step_ratio to"):
+        runs.measure_stability(recipe)
+
+
+def test_evaluations_say_how_far_the_saddle_is(tmp_path):
+    """Distances to the exact solution of the rows that are trained on, held-out rows left out."""
+    model = TabularMDP.random(3, 3, 0.5, seed=0)
+    found = logged(tmp_path, model, 1000)
+    objective = {"kind": "bellman_saddle", "discount": 0.5}
+    values = write(tmp_path, {"values": objective}, states=3, steps=200).dump()
+    values["training"]["eval_steps"] = 200
+    recipe = Recipe.model_validate(values)
+    posed = pose(recipe)
+    assert len(posed.problem.transitions) == 950
+    np.testing.assert_allclose(posed.problem.transitions.reward, found.reward[posed.rows])
+    folder = runs.train(recipe)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    told = [line for line in lines if line["kind"] == "eval"][-1]["objectives"]["values"]["metrics"]
+    q = SoftQ.from_pretrained(folder / "model").q.weight.detach().numpy()
+    wanted = np.abs(q - posed.problem.exact()[0]).max()
+    assert told["bellman/q_error"] == pytest.approx(wanted)
+    training = [line for line in lines if line["kind"] == "train"][-1]["objectives"]["values"]
+    assert "bellman/q_error" not in training["metrics"]
+
+
+def test_shipped_recipes_pose_problems_whose_answers_are_known():
+    """The exact estimate of the shipped log is the reward that the buses were driven by."""
+    posed = pose(load_recipe("bellman-bus"))
+    q, zeta = posed.problem.exact()
+    truth = TabularMDP.bus(6, 0.9, cost=0.4, replacement=2.0).rewards
+    np.testing.assert_allclose((q - 0.9 * zeta)[:, 1], -2.0, atol=1e-9)
+    assert np.abs(q - 0.9 * zeta - truth)[:4].max() < 0.5
+    values = pose(load_recipe("bellman-offline")).problem
+    grid = TabularMDP.gridworld(4, 4, 0.9, slip=0.2).soft_policy_iteration().q
+    assert np.abs(values.exact()[0] - grid)[:15].max() < 0.15
+    cart = pose(load_recipe("bellman-irl-gym")).problem
+    assert cart.anchor_action == 0 and np.nanmax(cart.transitions.reward) == 1.0
+
+
+def test_stability_of_a_recipe_is_that_of_its_training_rows(tmp_path):
+    model = TabularMDP.random(3, 3, 0.5, seed=0)
+    logged(tmp_path, model, 400)
+    objective = {"kind": "bellman_saddle", "discount": 0.5}
+    recipe = write(tmp_path, {"values": objective}, states=3, steps=20)
+    folder = runs.measure_stability(recipe, rows=5, draws=2, sizes=0, seed=1)
+    record = json.loads((folder / "stability.json").read_text())
+    problem = pose(recipe).problem
+    exact = rank_influence(problem, rows=5, draws=2, seed=1)
+    assert [entry["shift"] for entry in record["entries"]] == exact.shift.ravel().tolist()
+    assert record["influence"][0]["row"] == pose(recipe).rows[exact.ranking[0]]
+    assert record["recipe"] == recipe.fingerprint() and "trained_error" not in record
+    runs.train(recipe)  # what was measured is no run, and does not stand in its way
+    again = json.loads(
+        (runs.measure_stability(recipe, rows=5, sizes=0) / "stability.json").read_text()
+    )
+    q = SoftQ.from_pretrained(folder / "model").q.weight.detach().numpy()
+    assert again["trained_error"] == pytest.approx(np.abs(q - problem.exact()[0]).max())
+
+
+def test_stability_of_networks_is_measured_by_runs_of_the_recipe(tmp_path):
+    """Descent-ascent in a batch of replicas is the training of the recipe, step by step."""
+    model = TabularMDP.random(4, 3, DISCOUNT, seed=0)
+    found = logged(tmp_path, model, 300)
+    np.savez(
+        tmp_path / "rows.npz",
+        state=np.eye(4)[found.state],
+        action=found.action,
+        reward=found.reward,
+        next_state=np.eye(4)[found.next_state],
+    )
+    objective = {
+        "kind": "bellman_saddle",
+        "discount": DISCOUNT,
+        "data": {"path": "rows.npz"},
+        "batch_size": 300,  # all of them: the order of rows does not matter
+    }
+    recipe = write(tmp_path, {"values": objective}, steps=25, hidden=[5])
+    folder = runs.measure_stability(recipe, rows=2)
+    record = json.loads((folder / "stability.json").read_text())
+    assert record["method"] == "coupled" and record["control"] == 0.0 and record["tried"] == 2
+    assert len(record["entries"][0]["state"]) == 4 and record["margin"] is None
+    assert all(entry["shift"] > 0 for entry in record["entries"])
+    posed = pose(recipe)
+    ends = descend_ascend(posed.problem, Batch.stack([posed.problem.transitions]), posed.settings)
+    trained = SoftQ.from_pretrained(runs.train(recipe) / "model")
+    flat = np.concatenate([each.detach().numpy().ravel() for each in trained.q.parameters()])
+    np.testing.assert_allclose(ends.primal[0].numpy(), flat, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("objectives", "message"),
+    [
+        ({"values": {"kind": "td_error", "discount": 0.5}}, "td_error pose no saddle problem"),
+        ({"choices": {"kind": "choice_likelihood"}}, "choice_likelihood pose no saddle problem"),
+        (
+            {
+                "choices": {"kind": "choice_likelihood", "data": {"path": "rows.csv"}},
+                "anchor": {"kind": "anchor_bellman", "discount": 0.5, "anchor_action": 0},
+            },
+            "train on different rows",
+        ),
+    ],
+)
+def test_what_has_no_stability_to_measure_is_told(tmp_path, objectives, message):
+    logged(tmp_path, TabularMDP.random(4, 3, 0.5, seed=0), 300)
+    with pytest.raises(RecipeError, match=message):
+        runs.measure_stability(write(tmp_path, objectives, states=4))
+
+
+def test_data_that_leave_a_pair_free_have_no_exact_answer_to_measure(tmp_path):
+    (tmp_path / "rows.csv").write_text(
+        "state,action,reward,next_state\n" + "0,1,1,1\n1,0,0,0\n" * 60
+    )
+    objective = {"kind": "bellman_saddle", "discount": 0.5}
+    with pytest.raises(DataError, match="rows.csv: state 0 with action 0 does not occur"):
+        runs.measure_stability(write(tmp_path, {"values": objective}, states=2))
+
+
+def test_stability_is_of_logged_decisions():
+    with pytest.raises(RecipeError, match="policy.kind is language"):
+        runs.measure_stability(load_recipe("quickstart"))
+
+
+SCHEDULES = {
+    "alternated": {"kind": "interleave", "first": "choices", "second": "anchor", "ratio": 2},
+    "drawn": {"kind": "alright", "weights": {"choices": 0.5, "anchor": 0.5}},
+    "by gap": {"kind": "maxright", "weights": {"choices": 0.5, "anchor": 0.5}},
+    "surgery": {"kind": "mix", "weights": {"choices": 0.5, "anchor": 0.5}},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_likelihood_and_bellman_terms_combine_like_any_others(tmp_path, name):
+    model = TabularMDP.random(3, 3, 0.5, seed=3)
+    policy = model.soft_value_iteration(1e-10).policy
+    logged(tmp_path, model, 3000, law=policy / 3)
+    data = {"path": "rows.csv", "held_out": 200, "probe": 200}
+    objectives = {
+        "choices": {"kind": "choice_likelihood", "data": data, "optimum": 0.0},
+        "anchor": {
+            "kind": "anchor_bellman",
+            "discount": 0.5,
+            "anchor_action": 0,
+            "data": data,
+            "optimum": 0.0,
+        },
+    }
+    recipe = write(tmp_path, objectives, SCHEDULES[name], steps=250, states=3)
+    values = recipe.dump()
+    values["training"].update(learning_rate=0.1, learning_rates={}, eval_steps=125)
+    if name == "surgery":
+        values["combiner"] = {"method": "pcgrad"}
+    folder = runs.train(Recipe.model_validate(values))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    errors = [
+        line["objectives"]["anchor"]["metrics"]["bellman/reward_error"]
+        for line in lines
+        if line["kind"] == "eval"
+    ]
+    assert errors[-1] < 0.8 * errors[0]

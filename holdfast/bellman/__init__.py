@@ -2,7 +2,7 @@
 
 from holdfast.bellman.bus import nfxp
 from holdfast.bellman.generalization import GeneralizationResult, measure_generalization
-from holdfast.bellman.influence import Influence, rank_influence
+from holdfast.bellman.influence import Influence, measure_influence, rank_influence
 from holdfast.bellman.inverse import inverse_reward, inverse_values
 from holdfast.bellman.margin import Margin, saddle_point, stability_margin
 from holdfast.bellman.mdp import TabularMDP
@@ -24,7 +24,7 @@ from holdfast.bellman.saddle import (
 )
 from holdfast.bellman.sgda import Constant, Harmonic, SaddleSolution, Sgda, solve_saddle
 from holdfast.bellman.solve import Solution
-from holdfast.bellman.stability import StabilityResult, measure_stability
+from holdfast.bellman.stability import StabilityResult, measure_controls, measure_stability
 from holdfast.bellman.transitions import Transitions
 
 __all__ = [
@@ -52,7 +52,9 @@ __all__ = [
     "gladius_of_values",
     "inverse_reward",
     "inverse_values",
+    "measure_controls",
     "measure_generalization",
+    "measure_influence",
     "measure_stability",
     "mlp",
     "nfxp",

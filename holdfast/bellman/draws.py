@@ -60,9 +60,13 @@ def covered_dataset(
         if approximator is not None and not isinstance(approximator, Tables):
             return data, spare, tries
         size = table_size(source)
+        if approximator is not None:
+            size = (approximator.states, approximator.actions)
         live = np.ones(size[0], bool)
         if isinstance(source, TabularMDP):
             live = ~source.terminal
+        else:
+            live[source.next_state[source.terminal]] = False
         if data.counts(*size)[live].min() >= LEAST_COUNT:
             return data, spare, tries
     raise ValueError(

@@ -36,6 +36,7 @@ def read_transitions(
     states: int | None = None,
     anchor_action: int | None = None,
     anchor_reward: float | None = None,
+    rewards: bool = True,
     columns: Mapping[str, str] | None = None,
 ) -> Transitions:
     """Read and check a file of logged transitions.
@@ -53,6 +54,8 @@ def read_transitions(
         whatever the file holds, so that nothing can learn from them.
     anchor_reward : float, optional
         The reward of the anchor in every state; otherwise the file's.
+    rewards : bool
+        False where none are needed, as for the likelihood of choices: all become NaN.
     columns : mapping, optional
         Names above to the file's own: ``{"state": "mileage"}``.
 
@@ -76,7 +79,9 @@ def read_transitions(
     action = _whole(table, "action", 0, actions - 1)
     n = len(state)
     terminal = _whole(table, "terminal", 0, 1) > 0 if "terminal" in table.columns else _never(n)
-    reward = _rewards(table, action, anchor_action, anchor_reward)
+    reward = np.full(n, np.nan)
+    if rewards:
+        reward = _rewards(table, action, anchor_action, anchor_reward)
     number = _trajectories(table, n)
     follows = _never(n)
     if number is not None:

@@ -1,4 +1,4 @@
-"""Risk on the data against risk under the model that they came from."""
+"""Risk on the data against risk under the model that they came from, or on rows held out."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from holdfast.bellman.draws import covered_dataset, drawer
-from holdfast.bellman.mdp import TabularMDP
+from holdfast.bellman.draws import covered_dataset, drawer, table_size
+from holdfast.bellman.mdp import TabularMDP, check_discount
 from holdfast.bellman.networks import Tables
 from holdfast.bellman.problem import Batch, SaddleProblem
 from holdfast.bellman.sgda import Sgda, descend_ascend
@@ -28,8 +28,8 @@ class GeneralizationResult:
     ----------
     sizes, steps : tuple of int
     risk : Array
-        Of the result under the model: :func:`primal_risk`. It is the excess risk too, as the best
-        table has 0.
+        Of the result under the model: :func:`primal_risk`; with a user's own rows, on those held
+        out: :func:`held_out_risk`. It is the excess risk too, as the best table has 0.
     empirical_risk : Array
         Of the result on its own data.
     optimum_empirical_risk : Array
@@ -80,9 +80,29 @@ def empirical_risk(transitions: Transitions, q: Array, discount: float) -> float
     return primal_risk(model, q, counts / len(transitions))
 
 
+def held_out_risk(held_out: Transitions, q: Array, discount: float) -> float:
+    """An unbiased estimate of ``sum law (T q - q)^2`` from rows that ``q`` was not fitted to.
+
+    The square of a mean over ``m`` rows of a pair exceeds that of the expectation by the variance
+    over ``m``, which is estimated and taken off; so the estimate may be negative. Pairs with fewer
+    than two rows are left out. ``q`` is ``(states, actions)``.
+    """
+    pair = held_out.state * q.shape[1] + held_out.action
+    ahead = np.where(held_out.terminal, 0.0, soft_value(q)[held_out.next_state])
+    delta = held_out.reward + discount * ahead - q.ravel()[pair]
+    count = np.bincount(pair, minlength=q.size)
+    enough = count >= 2
+    m = np.where(enough, count, 2)
+    mean = np.bincount(pair, delta, minlength=q.size) / m
+    spread = np.bincount(pair, (delta - mean[pair]) ** 2, minlength=q.size) / (m - 1)
+    squares = np.where(enough, count * (mean**2 - spread / m), 0.0)
+    return float(squares.sum() / count[enough].sum())
+
+
 def measure_generalization(
-    model: TabularMDP,
+    source: TabularMDP | Transitions,
     *,
+    discount: float | None = None,
     sizes: Sequence[int] = (64, 128, 256, 512),
     datasets: int = 50,
     passes: float = 10.0,
@@ -93,13 +113,17 @@ def measure_generalization(
 ) -> GeneralizationResult:
     """Run on many fresh data sets of each size, and compare risks.
 
-    Pairs are drawn with the same probability. One run a data set, all runs of a size in one batch,
-    each with its own order of rows.
+    One run a data set, all runs of a size in one batch, each with its own order of rows.
 
     Parameters
     ----------
-    model : TabularMDP
-        Where data come from, and what they are judged by.
+    source : TabularMDP or Transitions
+        Where data come from, and what they are judged by: a model, whose pairs are drawn with the
+        same probability, or a user's own rows. Half of those are held out, at random; data sets are
+        parts of the other half, and overlap. What needs a model then takes that of the rows held
+        out, whose own noise stays in the weak gap.
+    discount : float, optional
+        In [0, 1). By default that of the model.
     sizes, passes, max_steps, settings, seed
         As of :func:`~holdfast.bellman.measure_stability`.
     datasets : int
@@ -113,16 +137,34 @@ def measure_generalization(
         raise ValueError(f"ball is {ball}: it must be positive")
     rng = np.random.default_rng(seed)
     sizes = tuple(sorted(set(sizes)))
+    pool: TabularMDP | Transitions = source
+    held_out: Transitions | None = None
+    if isinstance(source, TabularMDP):
+        model = source
+        live = np.repeat(~model.terminal[:, None], model.actions, 1)
+        law = live / live.sum()
+    else:
+        if discount is None:
+            raise ValueError("discount must be given with transitions")
+        order = rng.permutation(len(source))
+        held_out, pool = source[order[::2]], source[order[1::2]]
+        model = TabularMDP.empirical(held_out, *table_size(source), check_discount(discount))
+        law = held_out.counts(model.states, model.actions) / len(held_out)
     shape = (model.states, model.actions)
-    live = np.repeat(~model.terminal[:, None], model.actions, 1)
-    law = live / live.sum()
+    tables = Tables(*shape)
     truth = model.soft_policy_iteration().q
-    draw = drawer(model, max(sizes), None)
+
+    def risk_of(q: Array) -> float:
+        if held_out is None:
+            return primal_risk(model, q, law)
+        return held_out_risk(held_out, q, model.discount)
+
+    draw = drawer(pool, max(sizes), None)
     rows: list[tuple[list[float], ...]] = []
     gaps, steps = [], []
     for n in sizes:
-        drawn = [covered_dataset(draw, n, None, model, rng)[0] for _ in range(datasets)]
-        problem = SaddleProblem(drawn[0], model.discount, Tables(*shape))
+        drawn = [covered_dataset(draw, n, tables, pool, rng)[0] for _ in range(datasets)]
+        problem = SaddleProblem(drawn[0], model.discount, tables)
         chosen = planned(settings or default_settings(problem), n, passes, max_steps)
         steps.append(chosen.steps)
         found = descend_ascend(
@@ -136,7 +178,7 @@ def measure_generalization(
         zetas = found.dual.numpy().reshape(-1, *shape)
         rows.append(
             (
-                [primal_risk(model, q, law) for q in qs],
+                [risk_of(q) for q in qs],
                 [empirical_risk(d, q, model.discount) for d, q in zip(drawn, qs, strict=True)],
                 [empirical_risk(d, truth, model.discount) for d in drawn],
             )

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from holdfast.bellman.reference import SaddleReference
 from holdfast.bellman.saddle import (
     anchor_bellman,
     ascend,
@@ -76,15 +77,27 @@ class DecisionLoss:
         dual fitted on all rows; beside ``choice_likelihood`` it is offline inverse RL (GLADIUS).
     discount : float
         In [0, 1).
+    reference : SaddleReference, optional
+        What the data determine exactly. Evaluations, which alone pay for it, then have its
+        distances among their metrics.
     """
 
     kind: Kind
     discount: float
+    reference: SaddleReference | None = None
 
     def __call__(self, policy: nn.Module, rows: Sequence[Any]) -> LossTerms:
         assert isinstance(rows, Table)
-        terms: LossTerms = policy(lambda inner: self._terms(inner, rows.to(inner.device).columns))
-        return terms
+        return policy(lambda inner: self._with_distances(inner, rows.to(inner.device).columns))
+
+    def _with_distances(self, inner: SoftQ, rows: Mapping[str, Tensor]) -> LossTerms:
+        terms = self._terms(inner, rows)
+        if self.reference is None or torch.is_grad_enabled():
+            return terms
+        distances = self.reference.distances(*inner.tables())
+        # A metric is a sum over rows, and these do not depend on the row.
+        sums = {name: terms.count * value for name, value in distances.items()}
+        return LossTerms(terms.total, terms.count, {**terms.metrics, **sums})
 
     def _terms(self, inner: SoftQ, rows: Mapping[str, Tensor]) -> LossTerms:
         action = rows["action"]

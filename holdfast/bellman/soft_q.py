@@ -59,10 +59,10 @@ class SoftQ(nn.Module):
 
     def rewards(self, discount: float) -> Tensor:
         """The reward that makes a table consistent, ``(states, actions)``."""
-        q, zeta = self._tables()
+        q, zeta = self.tables()
         return recovered_reward(q, zeta, discount=discount)
 
-    def _tables(self) -> tuple[Tensor, Tensor]:
+    def tables(self) -> tuple[Tensor, Tensor]:
         """Both tables ``(states, actions)``, without a graph."""
         if not (isinstance(self.q, nn.Embedding) and isinstance(self.zeta, nn.Embedding)):
             raise ValueError("networks have values for every observation, and no table of them")
@@ -82,7 +82,7 @@ class SoftQ(nn.Module):
         save_file(tensors, folder / WEIGHTS)
         (folder / DESCRIPTION).write_text(json.dumps(self.config(), indent=1) + "\n", "utf-8")
         if self.hidden is None:
-            q, zeta = (table.tolist() for table in self._tables())
+            q, zeta = (table.tolist() for table in self.tables())
             with (folder / "q.csv").open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
                 writer.writerow(["state", "action", "q", "zeta"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from holdfast.bellman.margin import stability_margin
 from holdfast.bellman.mdp import TabularMDP
 from holdfast.bellman.networks import Approximator, Tables
 from holdfast.bellman.problem import Batch, SaddleProblem
-from holdfast.bellman.sgda import Sgda, descend_ascend, harmonic
+from holdfast.bellman.sgda import Constant, Sgda, descend_ascend, harmonic
 from holdfast.bellman.transitions import Transitions
 
 Array = NDArray[np.float64]
@@ -180,6 +181,38 @@ def measure_stability(
         tuple(rejected),
         tuple(steps),
     )
+
+
+def measure_controls(
+    source: TabularMDP | Transitions, settings: Sgda, **options: Any
+) -> dict[str, StabilityResult]:
+    """The measurement beside those that must not look like it.
+
+    Parameters
+    ----------
+    source, options
+        As of :func:`measure_stability`.
+    settings : Sgda
+        Of the measurement itself.
+
+    Returns
+    -------
+    dict
+        ``measured``; ``own order``: runs are not coupled, so noise drowns the replaced row;
+        ``constant step``: noise never dies away, and the optimisation error stays; ``common step``:
+        one step for both players, which leaves the saddle where the discount is near 1 (distances
+        then explode, beyond numbers in the end).
+    """
+    changes: dict[str, dict[str, Any]] = {
+        "measured": {},
+        "own order": {"coupled": False},
+        "constant step": {"settings": replace(settings, step=Constant(settings.step(0)))},
+        "common step": {"settings": replace(settings, step_ratio=1.0)},
+    }
+    return {
+        name: measure_stability(source, **({"settings": settings} | options | change))
+        for name, change in changes.items()
+    }
 
 
 def fit_slope(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from html import escape
 
-from holdfast.report import parts, plots, text
+from holdfast.report import decisions, parts, plots, text
 from holdfast.report.plots import Line
 from holdfast.report.robots import METRICS as ACTING
 from holdfast.report.robots import about_robots, robot_sections
@@ -36,6 +36,7 @@ def run_sections(run: Run, prefix: str) -> str:
         _losses(run, slots, prefix),
         _turns(run, slots, prefix),
         _dynamics(run, slots, prefix),
+        _decisions(run, slots, prefix),
         _metrics(run, slots, prefix),
         _optimiser(run, prefix),
         _events(run),
@@ -237,12 +238,28 @@ def _dynamics(run: Run, slots: dict[str, int], prefix: str) -> str:
     return "<h2>Policy optimisation</h2>" + parts.grid(figures)
 
 
+def _decisions(run: Run, slots: dict[str, int], prefix: str) -> str:
+    """What tells how far values and rewards are, and the table that came out."""
+    if not decisions.about_decisions(run):
+        return ""
+    recorded = {*run.training_metrics, *run.held_out_metrics}
+    figures = [
+        _metric(run, slots, f"{prefix}-decisions", name)
+        for name in decisions.METRICS
+        if name in recorded
+    ]
+    tables = decisions.value_tables(run, f"{prefix}-table")
+    return "<h2>Values and rewards</h2>" + parts.grid(figures) + tables
+
+
 def _metrics(run: Run, slots: dict[str, int], prefix: str) -> str:
     names = {*run.training_metrics, *run.held_out_metrics}
     if "sampled_probability" in run.training_metrics:
         names -= {*DYNAMICS}
     if about_robots(run):
         names -= ACTING
+    if decisions.about_decisions(run):
+        names -= {*decisions.METRICS}
     figures = [_metric(run, slots, f"{prefix}-metric", name) for name in sorted(names)]
     return "<h2>Metrics</h2>" + parts.grid(figures) if figures else ""
 
@@ -264,7 +281,8 @@ def _metric(run: Run, slots: dict[str, int], prefix: str, metric: str) -> str:
         lines += plots.training_lines(training, slot) if len(training) else []
         lines.append(Line(thinned_mean(held_out), slot, points=True))
     svg = plots.curves(f"{prefix}-{key}", f"{metric}. {'; '.join(told)}.", lines)
-    return parts.figure(DYNAMICS.get(metric, metric), svg, parts.keys(present))
+    titles = DYNAMICS | (decisions.METRICS if decisions.about_decisions(run) else {})
+    return parts.figure(titles.get(metric, metric), svg, parts.keys(present))
 
 
 def _optimiser(run: Run, prefix: str) -> str:

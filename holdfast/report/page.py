@@ -18,6 +18,7 @@ from holdfast.report.one_run import recipe, run_sections
 from holdfast.report.read import read_runs
 from holdfast.report.runs import POINTS, labels
 from holdfast.report.several_runs import comparison_sections
+from holdfast.report.stability import read_stability, stability_sections
 
 
 def write_report(runs: Sequence[Path], output: Path | None = None) -> Path:
@@ -81,6 +82,31 @@ def write_comparison(runs: Sequence[Path], output: Path | None = None) -> Path:
     for name, run in zip(labels(loaded), loaded, strict=True):
         body += recipe(run, name)
     return _write(f"Comparison of {len(loaded)} runs", body, output or Path("comparison.html"))
+
+
+def write_stability(folder: Path, output: Path | None = None) -> Path:
+    """Write the page of what ``holdfast stability`` measured.
+
+    Parameters
+    ----------
+    folder : Path
+        With ``stability.json`` in it.
+    output : Path, optional
+        The HTML file. By default ``stability.html`` in the folder.
+
+    Returns
+    -------
+    Path
+        The file written.
+
+    Raises
+    ------
+    RunError
+        If there is no result, or the page cannot be written.
+    """
+    found = read_stability(folder)
+    title = f"Stability of {found.get('name', folder.name)}"
+    return _write(title, stability_sections(found), output or folder / "stability.html")
 
 
 def _write(title: str, body: str, output: Path) -> Path:

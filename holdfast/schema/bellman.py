@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -19,6 +20,16 @@ class SoftQSpec(Spec):
     hidden: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (64, 64), description="hidden layers of the networks; unused with states"
     )
+    step_ratio: float = Field(
+        4.0, gt=0, description="zeta's learning rate over q's; training.learning_rates overrides"
+    )
+
+    def learning_rates(self, rate: float, given: Mapping[str, float]) -> dict[str, float]:
+        """Rates of ``q`` and ``zeta``: the dual's time scale is part of the problem, not a detail.
+
+        One common rate leaves the saddle where the discount is near 1.
+        """
+        return {"zeta": self.step_ratio * given.get("q", rate), **given}
 
 
 class TransitionSpec(Spec):

@@ -326,3 +326,61 @@ def test_a_missing_package_is_named_with_the_extra_that_brings_it(tmp_path, monk
         read_transitions(path, actions=2)
     monkeypatch.undo()
     assert importlib.import_module("pandas") is pd
+
+
+def broken(kind: str) -> pd.DataFrame:
+    """The log with one thing wrong in its fourth row, or everywhere."""
+    frame = log().assign(trajectory=[0, 0, 0, 1, 1]).astype({"action": float})
+    if kind == "missing column":
+        return frame.drop(columns="action")
+    place = {"outside": ("action", 7), "nan": ("reward", np.nan), "gap": ("time", 9)}
+    if kind in place:
+        column, value = place[kind]
+        frame.loc[1 if kind == "gap" else 3, column] = value
+    return frame
+
+
+@pytest.mark.parametrize("format", ["csv", "parquet", "npz"])
+@pytest.mark.parametrize(
+    ("kind", "row", "message"),
+    [
+        ("missing column", None, "no column action"),
+        ("outside", 3, "action is 7, expected a whole number from 0 to 2"),
+        ("nan", 3, r"reward is empty or not a number \(NaN\)"),
+        ("gap", 1, "gap in trajectory 0: time 9 comes after 0"),
+        ("anchor", None, "anchor action 2 is never observed"),
+    ],
+)
+def test_every_format_names_what_is_wrong_and_the_row(tmp_path, format, kind, row, message):
+    path = save(broken(kind), tmp_path, format)
+    anchor = {"anchor_action": 2, "anchor_reward": 0.0} if kind == "anchor" else {}
+    where = "" if row is None else f"line {row + 2}: " if format == "csv" else f"row {row} .*: "
+    with pytest.raises(DataError, match=f"log.{format}.*{where}{message}"):
+        read_transitions(path, actions=3, **anchor)
+
+
+@pytest.mark.parametrize("kind", ["hdf5", "arrow"])
+def test_a_minari_set_names_what_is_wrong_and_the_step(tmp_path, kind):
+    def read(name: str, change: dict | None = None, drop: str = "", **options):
+        bad = episode([0, 1, 2], [0, 1], [False, True]) | (change or {})
+        bad = {key: value for key, value in bad.items() if key != drop}
+        good = episode([0, 1, 2], [0, 1], [False, False])
+        good = {key: value for key, value in good.items() if key != drop}
+        read_transitions(minari(tmp_path / name, kind, [good, bad]), actions=3, **options)
+
+    with pytest.raises(DataError, match="episode 1, step 1: action is 7"):
+        read("outside", {"actions": np.array([0, 7])})
+    with pytest.raises(DataError, match=r"episode 1, step 0: reward is empty or not a number"):
+        read("nan", {"rewards": np.array([np.nan, 1.0])})
+    with pytest.raises(DataError, match="episode.*0.*rewards"):
+        read("missing", drop="rewards")
+    with pytest.raises(DataError, match="episode 1: 2 observations for 2 actions"):
+        read("gap", {"observations": np.array([0, 1])})
+    with pytest.raises(DataError, match="anchor action 2 is never observed.*episode 0, step 0"):
+        read("anchor", anchor_action=2)
+
+
+def test_choices_need_no_rewards(tmp_path):
+    path = save(log().drop(columns="reward"), tmp_path, "csv")
+    rows = read_transitions(path, actions=2, rewards=False)
+    assert np.isnan(rows.reward).all() and rows.action.tolist() == [1, 0, 1, 0]

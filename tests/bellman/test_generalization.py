@@ -11,7 +11,12 @@ from holdfast.bellman import (
     TabularMDP,
     measure_generalization,
 )
-from holdfast.bellman.generalization import empirical_risk, primal_risk, weak_gap
+from holdfast.bellman.generalization import (
+    empirical_risk,
+    held_out_risk,
+    primal_risk,
+    weak_gap,
+)
 from holdfast.bellman.solve import soft_value
 
 MODEL = TabularMDP.random(2, 2, 0.5, seed=0)
@@ -86,3 +91,27 @@ def test_bad_numbers_are_told():
         measure_generalization(MODEL, sizes=(64,))
     with pytest.raises(ValueError, match="ball is 0"):
         measure_generalization(MODEL, sizes=(64, 128), ball=0)
+
+
+def test_the_held_out_risk_is_that_of_the_model_in_expectation():
+    """Against the exact risk, where the plug-in estimate would be too large by the noise."""
+    rng = np.random.default_rng(1)
+    q = MODEL.soft_policy_iteration().q + 0.3 * rng.standard_normal((2, 2))
+    samples = [MODEL.sample(60, seed=i) for i in range(400)]
+    found = np.array([held_out_risk(data, q, 0.5) for data in samples])
+    plugged = np.array([empirical_risk(data, q, 0.5) for data in samples])
+    error = found.std() / np.sqrt(len(found))
+    assert found.mean() == pytest.approx(primal_risk(MODEL, q, LAW), abs=4 * error)
+    assert plugged.mean() > primal_risk(MODEL, q, LAW) + 4 * error
+
+
+def test_a_users_own_rows_are_judged_on_those_held_out():
+    settings = Sgda(steps=1, step=Harmonic(20.0, 40.0), step_ratio=2.0)
+    rows = MODEL.sample(4000, seed=0)
+    found = measure_generalization(
+        rows, discount=0.5, sizes=(40, 160), datasets=20, passes=6, settings=settings
+    )
+    assert found.gap[0] > found.gap[1] > 0
+    assert found.risk.mean(1)[0] > found.risk.mean(1)[1] > 0
+    with pytest.raises(ValueError, match="discount must be given"):
+        measure_generalization(rows)

@@ -11,6 +11,7 @@ from holdfast.bellman import (
     StabilityResult,
     TabularMDP,
     Transitions,
+    measure_controls,
     measure_stability,
     mlp,
 )
@@ -143,3 +144,16 @@ def test_default_steps_are_small_enough_for_single_rows():
 def test_what_cannot_be_measured_is_told(source, change, message):
     with pytest.raises(ValueError, match=message):
         measure_stability(source, **({"sizes": (64, 128)} | change))
+
+
+def test_negative_controls_do_not_look_like_the_measurement():
+    """Section C.2 of the protocol: no coupling, noise that never dies away, one common step."""
+    model = TabularMDP.random(3, 2, 0.95, seed=0)
+    settings = Sgda(steps=1, step=Harmonic(40.0, 400.0), step_ratio=8.0)
+    found = measure_controls(model, settings, sizes=(32, 128), datasets=2, replaced=2, passes=6)
+    measured = found["measured"]
+    assert measured.control == 0.0 and found["constant step"].control == 0.0
+    assert (found["own order"].epsilon > 2 * measured.epsilon).all()
+    errors = {name: each.optimisation_error.mean(1)[-1] for name, each in found.items()}
+    assert not errors["common step"] < 2 * errors["measured"]
+    assert found["own order"].control > 0.0
