@@ -99,6 +99,21 @@ def _everywhere(table: Array) -> Array:
     return np.linalg.lstsq(pairs, np.ones(len(pairs)), rcond=None)[0]
 
 
+def start(problem: SaddleProblem) -> tuple[Array, Array]:
+    """Where descent begins: values that give every month the shares of all, and zeta 0.
+
+    Where all is 0, replacing is as likely as not, and the likelihood so curved that steps which
+    suit the saddle diverge.
+    """
+    assert isinstance(problem.approximator, Linear)
+    table = problem.approximator.features.numpy()
+    share = np.bincount(problem.transitions.action, minlength=2) / len(problem.transitions)
+    pairs = table.reshape(-1, table.shape[-1])
+    values = np.tile(np.log(share), len(table))
+    primal = np.linalg.lstsq(pairs, values, rcond=None)[0]
+    return primal, np.zeros(len(primal))
+
+
 def recovered(problem: SaddleProblem, primal: Array, dual: Array) -> Array:
     """``(..., states, actions)``: ``Q - discount * zeta`` of parameters ``(..., features)``.
 

@@ -139,7 +139,6 @@ def settings_of(method: str, problem: SaddleProblem, cost: float) -> Sgda:
     common["batch_size"] = BATCH if batches else None
     if method.endswith("Adam"):
         spread = 0.01 * max(1.0, cost) / (1.0 - problem.discount)
-        # In units of whitened parameters: the rarer the replacements, the smaller theirs.
         return Sgda(step=lambda t: spread * (1.0 - t / STEPS), optimiser="adam", **common)
     if batches:
         return Sgda(step=Harmonic(0.05 * STEPS / 10, STEPS / 10), **common)
@@ -159,10 +158,12 @@ def descend(discount: float, method: str) -> dict[str, Any]:
     values = table @ primal
     batches = method.startswith("batches")
     data = Batch.stack([problem.transitions] * SEEDS) if batches else problem.compact()
+    begin = material.start(problem)
     found = descend_ascend(
         problem,
         data,
         settings_of(method, problem, cost),
+        start=(torch.as_tensor(begin[0]), torch.as_tensor(begin[1])),
         groups=range(SEEDS) if batches else None,
         record=KEPT,
         may_diverge=True,
