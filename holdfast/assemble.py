@@ -40,8 +40,10 @@ from holdfast.language.tokenizers import build_tokenizer, train_bpe
 from holdfast.schema import (
     AdaptiveInterleaveSpec,
     AlrightSpec,
+    ComparedSpec,
     ControlSpec,
     DpoSpec,
+    FadeSpec,
     GkdSpec,
     InterleaveSpec,
     LanguagePolicySpec,
@@ -142,7 +144,7 @@ def assemble(
         policy.enable_gradient_checkpointing()
     policy.to(accelerator.device)
     if _has_critic(recipe):
-        policy.add_value_head()
+        policy.add_value_head(_value_heads(recipe))
     weights = policy.fingerprint()
     models = Models(policy, recipe.policy.dtype, accelerator.device)
     objectives: dict[str, Objective] = {}
@@ -166,6 +168,7 @@ def assemble(
                 models,
                 accelerator,
                 recipe.training.seed,
+                recipe.training.learning_rate,
             )
             digests[name] = _digest(digests[name], *models.fingerprints(), *_code_of(spec))
             continue
@@ -226,7 +229,7 @@ def build_schedule(recipe: Recipe, optima: Mapping[str, float]) -> Schedule:
         return Mix(spec.weights)
     if isinstance(spec, InterleaveSpec):
         return spec.schedule(watched=isinstance(recipe.policy, ControlSpec))
-    if isinstance(spec, AdaptiveInterleaveSpec):
+    if isinstance(spec, AdaptiveInterleaveSpec | FadeSpec):
         return spec.schedule()
     if isinstance(spec, AlrightSpec):
         return Alright(spec.weights, recipe.training.seed if spec.seed is None else spec.seed)
@@ -321,11 +324,27 @@ def _has_critic(recipe: Recipe) -> bool:
     return any(isinstance(spec, PpoSpec) for spec in recipe.objectives.values())
 
 
+def _value_heads(recipe: Recipe) -> int:
+    """How many the critics of a recipe share."""
+    heads = {
+        name: 1 if spec.soft_minimum is None else 2
+        for name, spec in recipe.objectives.items()
+        if isinstance(spec, PpoSpec)
+    }
+    if len(set(heads.values())) > 1:
+        raise RecipeError(
+            f"objectives {', '.join(heads)} share one critic, but soft_minimum is set for some of "
+            "them only: set it for all, or for none"
+        )
+    return max(heads.values())
+
+
 def _demonstrations_of(
     name: str, spec: OnPolicySpec, prompts: Sequence[Prompt], policy: LanguagePolicy
 ) -> list[Demonstration]:
     """The data's own completions of training prompts, where an objective takes some of them."""
-    if not isinstance(spec, GkdSpec) or spec.lmbda == 1:
+    imitated = isinstance(spec, ComparedSpec) and spec.imitation is not None
+    if not imitated and (not isinstance(spec, GkdSpec) or spec.lmbda == 1):
         return []
     wanted = {prompt.origin for prompt in prompts}
     raw = read_rows(spec.data.path, base=Path(), split=spec.data.split)
@@ -336,10 +355,19 @@ def _demonstrations_of(
             rows, policy.tokenizer, max_length=limit, bad_rows=spec.data.bad_rows
         )
     except DataError as error:
+        wanting = (
+            "imitation needs the data's own completions"
+            if not isinstance(spec, GkdSpec)
+            else f"lmbda is {spec.lmbda}, so completions of the data are needed as well (lmbda: 1 "
+            "takes only the policy's own)"
+        )
+        raise DataError(f"objectives.{name}: {wanting}. {error}") from error
+    absent = wanted - {row.origin for row in found}
+    if imitated and absent:
         raise DataError(
-            f"objectives.{name}: lmbda is {spec.lmbda}, so completions of the data are needed as "
-            f"well (lmbda: 1 takes only the policy's own). {error}"
-        ) from error
+            f"objectives.{name}: imitation needs a completion of every prompt, and {len(absent)} "
+            f"of {len(wanted)} have none, among them {min(absent)}. Leave these rows out."
+        )
     return list(found)
 
 
@@ -390,7 +418,7 @@ def _loss(spec: NllSpec | DpoSpec, policy: LanguagePolicy) -> Any:
             variant=spec.loss_type,
             label_smoothing=spec.label_smoothing,
         )
-    return Nll(policy.pad_id, spec.aggregation)
+    return Nll(policy.pad_id, spec.aggregation, spec.loss_type)
 
 
 def _scored(

@@ -14,6 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from holdfast import schema
+from holdfast.assemble_on_policy_guards import Guards, guarded, guards_of
 from holdfast.errors import ModelError, RecipeError
 from holdfast.joint import LossTerms, Objective
 from holdfast.joint.objective import Source, Summary
@@ -26,6 +27,7 @@ from holdfast.language.generate import (
     TransformersGenerator,
     VllmGenerator,
 )
+from holdfast.language.guards import Penalties, soft_minimum
 from holdfast.language.losses.policy_gradient import cispo, dro, gspo, pmd, ppo_clip, reinforce
 from holdfast.language.model import PRESETS, LanguagePolicy, load_policy
 from holdfast.language.on_policy import (
@@ -35,10 +37,14 @@ from holdfast.language.on_policy import (
     PolicyGradient,
     PolicyLoss,
     RewardEvaluation,
-    Signals,
 )
 from holdfast.language.rewards import Rewards, load_reward
-from holdfast.language.rollouts import PartlyOnPolicy, RolloutOptions, Rollouts
+from holdfast.language.rollouts import (
+    PartlyOnPolicy,
+    RolloutOptions,
+    Rollouts,
+)
+from holdfast.language.signals import Signals
 
 
 @dataclass
@@ -116,6 +122,7 @@ def on_policy_objective(
     models: Models,
     accelerator: Accelerator,
     seed: int,
+    learning_rate: float,
 ) -> Objective:
     """An objective on the policy's own completions.
 
@@ -128,10 +135,13 @@ def on_policy_objective(
     rows : tuple of three sequences of Prompt
         For training, for gaps, and for evaluation.
     demonstrations : sequence of Demonstration
-        Of the training prompts; for ``gkd`` with batches that the policy does not write.
+        Of the training prompts; for ``imitation``, and for ``gkd`` with batches that the policy
+        does not write.
     models : Models
     accelerator : Accelerator
     seed : int
+    learning_rate : float
+        Of training.
 
     Raises
     ------
@@ -149,6 +159,10 @@ def on_policy_objective(
     generator = _generator(spec, policy, models)
     signals, loss = _signals_and_loss(spec, policy, models)
     signals.autocast = accelerator.autocast
+    guards = Guards()
+    if isinstance(spec, schema.RewardedSpec):
+        guards = guards_of(spec, demonstrations, seed)
+        loss = guarded(spec, policy, signals, loss, guards, learning_rate)
     source: Source = Rollouts(
         train,
         generator,
@@ -166,11 +180,19 @@ def on_policy_objective(
         decode=decode,
         seed=seed,
         share=_shared_by(accelerator),
+        group=guards.imitation,
+        inner=guards.surrogate,
+        memory=guards.memory,
     )
     if isinstance(spec, schema.GkdSpec) and spec.lmbda < 1:
         source = PartlyOnPolicy(
             source, demonstrations, signals, spec.batch_size, share=spec.lmbda, seed=seed
         )
+
+    def heard(summary: Summary) -> float | None:
+        guards.observe(summary)
+        return _cost_of(summary)
+
     evaluated = _sampling(spec, spec.evaluation_temperature)
     # Students are never asked together with their teacher when they are evaluated.
     alone = generator if isinstance(generator, VllmGenerator) else TransformersGenerator(policy)
@@ -181,7 +203,7 @@ def on_policy_objective(
         evaluate = DivergenceEvaluation(alone, evaluated, signals, divergence, decode)
         observed: Callable[[Summary], float | None] = _loss_of
     else:
-        evaluate, observed = RewardEvaluation(alone, evaluated, rewards, decode), _cost_of
+        evaluate, observed = RewardEvaluation(alone, evaluated, rewards, decode), heard
     return Objective(
         name=name,
         loss=loss,
@@ -246,7 +268,7 @@ def _signals_and_loss(
     spec: schema.OnPolicySpec, policy: LanguagePolicy, models: Models
 ) -> tuple[Signals, Any]:
     signals = Signals(policy, temperature=spec.temperature)
-    if spec.log_reference_kl or (isinstance(spec, schema.PenalisedSpec) and spec.beta):
+    if spec.log_reference_kl or _holds_on(spec):
         signals.reference = models.get(None, "reference")
     reused = spec.uses > 1
     if isinstance(spec, schema.GkdSpec):
@@ -279,7 +301,9 @@ def _signals_and_loss(
             model = _model(spec, models, spec.log_probability_model, "log_probability_model")
             sources = {"q": (model, 1.0)}
         if spec.sparse:
-            signals.advantages = partial(group_normalized, scale=spec.scale_rewards)
+            signals.advantages = partial(
+                group_normalized, scale=spec.scale_rewards, floor=spec.scale_floor
+            )
         signals.frozen = {key: model for key, (model, _) in sources.items()}
         loss = Lco(
             policy.pad_id,
@@ -306,13 +330,25 @@ def _signals_and_loss(
     signals.behaviour = "logps" if reused else "none"
     policy_loss, shape = _policy_loss(spec)
     gradient = PolicyGradient(
-        policy.pad_id, policy_loss, temperature=spec.temperature, beta=spec.beta, **shape
+        policy.pad_id,
+        policy_loss,
+        temperature=spec.temperature,
+        penalties=Penalties(beta=spec.beta, **shape),
     )
     if isinstance(spec, schema.PpoSpec):
         signals.critic = (spec.discount, spec.trace)
         signals.whiten = spec.whiten_advantages
         gradient.vf_coef, gradient.cliprange_value = spec.vf_coef, spec.cliprange_value
+        if spec.soft_minimum is not None:
+            signals.value = gradient.value = partial(soft_minimum, alpha=spec.soft_minimum)
     return signals, gradient
+
+
+def _holds_on(spec: schema.OnPolicySpec) -> bool:
+    """Whether a penalty keeps the policy near the reference."""
+    if isinstance(spec, schema.PenalisedSpec) and spec.beta:
+        return True
+    return isinstance(spec, schema.RewardedSpec) and spec.kl_control is not None
 
 
 def _model(spec: schema.OnPolicySpec, models: Models, name: str | None, where: str) -> Frozen:
@@ -321,7 +357,7 @@ def _model(spec: schema.OnPolicySpec, models: Models, name: str | None, where: s
 
 def _advantages(spec: schema.PenalisedSpec) -> Callable[[Tensor, int], Tensor] | None:
     if isinstance(spec, schema.GroupedSpec):
-        return partial(group_normalized, scale=spec.scale_rewards)
+        return partial(group_normalized, scale=spec.scale_rewards, floor=spec.scale_floor)
     if isinstance(spec, schema.ReinforceSpec):
         match spec.baseline:
             case "leave_one_out":
@@ -340,7 +376,7 @@ def _policy_loss(spec: schema.PenalisedSpec) -> tuple[PolicyLoss, Mapping[str, A
             shape: dict[str, Any] = {"aggregation": spec.aggregation}
             return lambda logps, old, a, mask: reinforce(logps, a, mask, **shape), shape
         case schema.PpoSpec():
-            return partial(ppo_clip, epsilon=spec.epsilon), {}
+            shape = {}
         case schema.GspoSpec():
             high = spec.epsilon if spec.epsilon_high is None else spec.epsilon_high
             shape = {"aggregation": "sequence-mean"}
@@ -363,12 +399,14 @@ def _policy_loss(spec: schema.PenalisedSpec) -> tuple[PolicyLoss, Mapping[str, A
             shape = {"aggregation": "fixed-length", "length": spec.max_completion_length}
         case _:
             shape = {"aggregation": "token-mean"}
-    assert isinstance(spec, schema.ClippedSpec)
+    assert isinstance(spec, schema.RatioSpec)
     clipped = partial(
         ppo_clip,
         epsilon=spec.epsilon,
         epsilon_high=spec.epsilon_high,
-        delta=getattr(spec, "delta", None),
+        delta=spec.delta,
+        dynamic=spec.dynamic_clip,
+        log_ratio_limit=spec.log_ratio_limit,
         **shape,
     )
     return clipped, shape

@@ -26,6 +26,7 @@ for part in (
     "assemble_bellman",
     "assemble_control_rl",
     "assemble_control",
+    "assemble_on_policy_guards",
     "assemble_on_policy",
     "assemble",
     "run",

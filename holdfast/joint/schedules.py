@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from holdfast.joint.geometry import Gradient
 from holdfast.joint.interleave import AdaptiveInterleave, Interleave, WatchedInterleave
+from holdfast.joint.mixing import Fade, NoiseAware
 from holdfast.joint.progress import optimal_ratio
 from holdfast.joint.turn import Probe, Turn
 
@@ -29,9 +30,11 @@ if TYPE_CHECKING:  # torch is slow to import and recipes are checked without it
 __all__ = [
     "AdaptiveInterleave",
     "Alright",
+    "Fade",
     "Interleave",
     "Maxright",
     "Mix",
+    "NoiseAware",
     "Probe",
     "Schedule",
     "Sequential",

@@ -26,6 +26,7 @@ def group_normalized(
     *,
     scale: Scale = "group",
     epsilon: float = 1e-4,
+    floor: float = 0.0,
 ) -> Tensor:
     """Reward less the mean of its group, over a standard deviation.
 
@@ -45,6 +46,10 @@ def group_normalized(
         ``group``, ``batch`` or ``none``: the deviation to divide by.
     epsilon : float
         Added to the deviation. Positive.
+    floor : float
+        Smallest deviation of a group that is divided by, 0 or more, with ``group``. That of a group
+        that is almost all right or all wrong is small, and dividing by it would make its few
+        exceptions the largest advantages of the batch.
 
     Returns
     -------
@@ -61,10 +66,14 @@ def group_normalized(
         raise ValueError(f"scale is {scale!r}: it must be one of {', '.join(get_args(Scale))}")
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise ValueError(f"epsilon is {epsilon}: it must be positive and finite")
+    if not (math.isfinite(floor) and floor >= 0):
+        raise ValueError(f"floor is {floor}: it must be finite and not negative")
+    if floor and scale != "group":
+        raise ValueError(f"floor is {floor}, but scale {scale} divides by no group's deviation")
     groups = _groups(rewards, num_generations)
     advantages = groups - groups.nanmean(-1, keepdim=True)
     if scale == "group":
-        advantages = advantages / (_deviation(groups) + epsilon)
+        advantages = advantages / (_deviation(groups).clamp(min=floor) + epsilon)
     elif scale == "batch":
         advantages = advantages / (_deviation(groups.flatten()) + epsilon)
     return _without_nan(advantages).flatten()

@@ -157,16 +157,22 @@ class LanguagePolicy(nn.Module):
             return read(hidden[:, :-1], self.head(), labels[:, 1:])
         return token_statistics(hidden[:, :-1], self.head(), labels[:, 1:], statistics=statistics)
 
-    def add_value_head(self) -> None:
+    def add_value_head(self, heads: int = 1) -> None:
         """Give the policy an estimate of the return at every position: PPO's critic.
 
-        A linear layer on the hidden states, 0 at first. Once is enough.
+        A linear layer on the hidden states. Once is enough. A single head is 0 at first; several
+        are small and unlike, for equal ones would stay equal.
         """
         if self.value_head is None:
             weight = self.head().weight
-            self.value_head = nn.Linear(weight.shape[1], 1, device=weight.device)
+            self.value_head = nn.Linear(weight.shape[1], heads, device=weight.device)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
+            if heads > 1:
+                draw = torch.Generator().manual_seed(0)
+                small = torch.randn(heads, weight.shape[1], generator=draw) * 0.02
+                with torch.no_grad():
+                    self.value_head.weight.copy_(small)
 
     def head(self) -> Head:
         """The output layer, as the chunked projection reads it."""

@@ -19,6 +19,7 @@ from holdfast.language.losses import (
     nll_from_statistics,
     sequence_logps,
 )
+from holdfast.language.losses.likelihood import Weighting
 
 
 class Nll:
@@ -30,16 +31,25 @@ class Nll:
         Token that fills short rows.
     aggregation : str
         As in :func:`holdfast.language.losses.nll`.
+    weighting : str
+        The same, in training. Evaluation is of the plain likelihood, whatever is trained on.
     """
 
-    def __init__(self, pad_id: int, aggregation: Aggregation = "token-mean") -> None:
+    def __init__(
+        self,
+        pad_id: int,
+        aggregation: Aggregation = "token-mean",
+        weighting: Weighting = "nll",
+    ) -> None:
         self.pad_id = pad_id
         self.aggregation = aggregation
+        self.weighting = weighting
 
     def __call__(self, policy: nn.Module, rows: Sequence[Demonstration]) -> LossTerms:
         # Entropy and accuracy cost another pass over the tiles: only evaluation pays for it.
         scored = score(policy, [row.tokens for row in rows], self.pad_id, not policy.training)
-        return nll_from_statistics(scored, aggregation=self.aggregation)
+        weighting = self.weighting if policy.training else "nll"
+        return nll_from_statistics(scored, aggregation=self.aggregation, weighting=weighting)
 
 
 class Dpo:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from holdfast.errors import TrainingError
 from holdfast.joint.objective import LossTerms
-from holdfast.language.advantages import gae
-from holdfast.language.data import Prompt, collate
+from holdfast.language.data import Prompt
 from holdfast.language.frozen import Frozen
 from holdfast.language.generate import Generator, Sampling
+from holdfast.language.guards.curvature import CurvatureGuard
+from holdfast.language.guards.penalties import Penalties
 from holdfast.language.head import (
     Bonus,
     Head,
@@ -30,292 +31,21 @@ from holdfast.language.head import (
     mean_logits,
     token_statistics,
 )
-from holdfast.language.losses.aggregation import Aggregation, aggregate
-from holdfast.language.losses.distillation import minillm_advantages
-from holdfast.language.losses.policy_gradient import kl_k3, negative_share, value_loss
+from holdfast.language.imitation import DemonstrationLoss
+from holdfast.language.losses.aggregation import aggregate
+from holdfast.language.losses.policy_gradient import (
+    negative_share,
+    off_policy_sequences,
+    value_loss,
+)
 from holdfast.language.model import LanguagePolicy
 from holdfast.language.rewards import Rewards
+from holdfast.language.rollout_batch import RolloutBatch, pair
 from holdfast.language.rollouts import Rollout, sample, seed_of
+from holdfast.language.signals import KeptHead, Signals
 
 PolicyLoss = Callable[[Tensor, Tensor, Tensor, Tensor], LossTerms]
 """``loss(logps, old_logps, advantages, mask)``, all ``(batch, time)``."""
-
-
-# Signals ------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Signals:
-    """Adds to rollouts what a loss needs besides their tokens.
-
-    Attributes
-    ----------
-    policy : LanguagePolicy
-    temperature : float
-        Of sampling; log-probabilities are taken at it.
-    advantages : callable, optional
-        From rewards ``(completions,)``, groups in order, and the size of a group, to advantages
-        ``(completions,)``. ``None``: there are none (distillation, or dense advantages).
-    behaviour : {"none", "logps", "hidden"}
-        What is kept of the policy that sampled. ``none``: rollouts serve a single update, in which
-        the policy still is the one that sampled.
-    frozen : mapping of str to Frozen
-        Models whose hidden states are kept, as ``{name}_hidden``.
-    reference : Frozen, optional
-        Its log-probabilities are kept, as ``reference_logps``, for a penalty or for the record.
-    preference : tuple of (Frozen, Frozen, float), optional
-        Preference-tuned model, its reference and ``beta_rm``: the advantage of a sampled token is
-        ``beta_rm (log pi_rm - log pi_ref)``.
-    critic : tuple of (float, float), optional
-        Discount and trace of generalised advantage estimation with the policy's value head. The
-        reward is that of the last token, or ``preference`` of every token.
-    minillm : tuple of (Frozen, float, bool), optional
-        Teacher, its share in sampling, and whether to normalise by length: the advantage is
-        MiniLLM's reward of later tokens, and ``old_logps`` are those of the mixture.
-    whiten : bool
-        Advantages get mean 0 and deviation 1 over the tokens of a batch of rollouts.
-    kept_head : KeptHead
-        Where the output layer of the policy that sampled is kept, with ``behaviour`` "hidden".
-    autocast : callable
-        Makes the context that training's forward passes run in.
-    """
-
-    policy: LanguagePolicy
-    temperature: float = 1.0
-    advantages: Callable[[Tensor, int], Tensor] | None = None
-    behaviour: Literal["none", "logps", "hidden"] = "none"
-    frozen: Mapping[str, Frozen] = field(default_factory=dict)
-    reference: Frozen | None = None
-    preference: tuple[Frozen, Frozen, float] | None = None
-    critic: tuple[float, float] | None = None
-    minillm: tuple[Frozen, float, bool] | None = None
-    whiten: bool = False
-    kept_head: KeptHead = field(default_factory=lambda: KeptHead())
-    autocast: Callable[[], Any] = contextlib.nullcontext
-
-    def score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        with self.autocast():
-            return self._score(rollouts)
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.kept_head.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.kept_head.load_state_dict(state, self.policy.head())
-
-    def _score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        signals: list[dict[str, Tensor]] = [{} for _ in rollouts]
-        asked: dict[int, list[Tensor]] = {}
-
-        def hidden_of(model: Frozen) -> list[Tensor]:
-            """A model may serve several signals and is asked once."""
-            if id(model) not in asked:
-                asked[id(model)] = model.hidden([row.tokens for row in rollouts])
-            return asked[id(model)]
-
-        def logps_of(model: Frozen, temperature: float) -> list[Tensor]:
-            return self._logps(hidden_of(model), model.head(), rollouts, temperature)
-
-        def keep(name: str, values: Sequence[Tensor]) -> None:
-            for into, value in zip(signals, values, strict=True):
-                into[name] = value
-
-        if self.behaviour != "none" or self.critic:
-            own = Frozen(self.policy)
-            hidden = hidden_of(own)
-            if self.behaviour != "none":
-                keep("old_logps", self._logps(hidden, own.head(), rollouts))
-            if self.behaviour == "hidden":
-                keep("old_hidden", hidden)
-                self.kept_head.keep(own.head())
-            if self.critic:
-                assert self.policy.value_head is not None
-                with torch.no_grad():
-                    kind = self.policy.value_head.weight.dtype
-                    values = [self.policy.value_head(h.to(kind)).squeeze(-1) for h in hidden]
-                    keep("values", [value.float() for value in values])
-        for name, model in self.frozen.items():
-            keep(f"{name}_hidden", hidden_of(model))
-        if self.reference is not None:
-            keep("reference_logps", logps_of(self.reference, self.temperature))
-        if self.preference is not None:
-            tuned, reference, beta = self.preference
-            above, below = logps_of(tuned, 1.0), logps_of(reference, 1.0)
-            keep("advantages", [beta * (a - b) for a, b in zip(above, below, strict=True)])
-        if self.minillm is not None:
-            teacher, alpha, by_length = self.minillm
-            theirs = logps_of(teacher, self.temperature)
-            for into, logps in zip(signals, theirs, strict=True):
-                own_logps, everything = into["old_logps"], torch.ones(1, len(logps)).bool()
-                into["advantages"] = minillm_advantages(
-                    logps.unsqueeze(0),
-                    own_logps.unsqueeze(0),
-                    everything.to(logps.device),
-                    length_normalization=by_length,
-                )[0]
-                if alpha:
-                    into["old_logps"] = torch.logaddexp(
-                        logps + math.log(alpha), own_logps + math.log1p(-alpha)
-                    )
-        return [
-            replace(row, signals={k: v.cpu() for k, v in {**row.signals, **found}.items()})
-            for row, found in zip(rollouts, signals, strict=True)
-        ]
-
-    def _logps(
-        self,
-        hidden: Sequence[Tensor],
-        head: Head,
-        rollouts: Sequence[Rollout],
-        temperature: float | None = None,
-    ) -> list[Tensor]:
-        temperature = self.temperature if temperature is None else temperature
-        with torch.no_grad():
-            return [
-                token_statistics(
-                    states, head, _sampled(row).to(states.device), temperature=temperature
-                ).logps
-                for states, row in zip(hidden, rollouts, strict=True)
-            ]
-
-    def credit(self, rollouts: Sequence[Rollout], num_generations: int) -> list[Rollout]:
-        found = list(rollouts)
-        if self.critic:
-            found = [self._estimated(row) for row in rollouts]
-        elif self.advantages is not None:
-            rewards = torch.tensor([row.reward for row in rollouts], dtype=torch.float64)
-            amounts = self.advantages(rewards, num_generations)
-            found = [
-                _with(row, advantages=torch.full((row.counted,), float(amount)))
-                for row, amount in zip(rollouts, amounts, strict=True)
-            ]
-        return _whitened(found) if self.whiten else found
-
-    def _estimated(self, row: Rollout) -> Rollout:
-        assert self.critic is not None
-        discount, trace = self.critic
-        values = row.signals["values"].unsqueeze(0)
-        if self.preference is None and math.isnan(row.reward):
-            # Nobody judged it: there is nothing to learn from, for policy or critic.
-            return _with(row, advantages=torch.zeros_like(values[0]), returns=values[0])
-        if self.preference is not None:
-            rewards = row.signals["advantages"].unsqueeze(0)
-        else:
-            rewards = torch.zeros_like(values)
-            rewards[0, -1] = row.reward
-        advantages, returns = gae(rewards, values, discount=discount, trace=trace)
-        return _with(row, advantages=advantages[0], returns=returns[0])
-
-
-def _whitened(rollouts: Sequence[Rollout]) -> list[Rollout]:
-    everything = torch.cat([row.signals["advantages"] for row in rollouts])
-    mean, spread = everything.mean(), everything.std(correction=0).clamp(min=1e-8)
-    return [_with(row, advantages=(row.signals["advantages"] - mean) / spread) for row in rollouts]
-
-
-def _with(row: Rollout, **signals: Tensor) -> Rollout:
-    return replace(row, signals={**row.signals, **signals})
-
-
-def _sampled(row: Rollout) -> Tensor:
-    return torch.from_numpy(row.tokens.input_ids[row.tokens.counted].astype("int64"))
-
-
-class KeptHead:
-    """The output layer of the policy that sampled, for as long as its rollouts are used.
-
-    Hidden states are logits only together with it. Where it is not trained nothing has to be kept.
-    """
-
-    def __init__(self) -> None:
-        self.head: Head | None = None
-
-    def keep(self, head: Head) -> None:
-        """Remember a layer as it is now, if it can change."""
-        trained = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
-        self.head = None
-        if trained:
-            bias = None if head.bias is None else head.bias.detach().clone()
-            self.head = replace(head, weight=head.weight.detach().clone(), bias=bias)
-
-    def state_dict(self) -> dict[str, Any]:
-        if self.head is None:
-            return {}
-        bias = {} if self.head.bias is None else {"bias": self.head.bias}
-        return {"weight": self.head.weight, **bias}
-
-    def load_state_dict(self, state: Mapping[str, Any], like: Head) -> None:
-        """``like``: the policy's own layer, for what is no tensor in it, and its device."""
-        self.head = None
-        if state:
-            tensors = {name: value.to(like.weight.device) for name, value in state.items()}
-            self.head = replace(like, **{"bias": None, **tensors})
-
-
-# A batch ------------------------------------------------------------------------------------------
-
-
-class _Batch:
-    """Rollouts as padded tensors; signals are put where their tokens are."""
-
-    def __init__(self, policy: nn.Module, rows: Sequence[Rollout], pad_id: int) -> None:
-        self.rows = rows
-        self.device = next(policy.parameters()).device
-        input_ids, labels = collate([row.tokens for row in rows], pad_id)
-        self.input_ids, self.labels = input_ids.to(self.device), labels.to(self.device)
-        self.mask = self.labels[:, 1:] >= 0
-
-    def has(self, name: str) -> bool:
-        return name in self.rows[0].signals
-
-    def flat(self, name: str) -> Tensor:
-        """``(counted, ...)``: the signals of all rows, one after another."""
-        return torch.cat([row.signals[name] for row in self.rows]).to(self.device)
-
-    def padded(self, name: str) -> Tensor:
-        """``(batch, time)``."""
-        return torch.zeros(self.mask.shape, device=self.device).masked_scatter(
-            self.mask, self.flat(name).float()
-        )
-
-    def metrics(self, seen: TokenStatistics) -> dict[str, Tensor]:
-        """What every run shows of its rollouts and of how the policy sees them."""
-        rows = self.rows
-        per_token = {
-            "sampled_probability": seen.logps.detach().exp(),
-            "entropy": seen.entropy,
-        }
-        # Rollouts that serve one update were sampled by the very policy that is updated.
-        sampled_by = self.padded("old_logps") if self.has("old_logps") else seen.logps.detach()
-        per_token["approx_kl"] = kl_k3(sampled_by, seen.logps.detach())
-        if self.has("reference_logps"):
-            per_token["kl"] = kl_k3(seen.logps.detach(), self.padded("reference_logps"))
-        found = {
-            name: self._pair(values[self.mask])
-            for name, values in per_token.items()
-            if values is not None
-        }
-        by_row: dict[str, list[float]] = {
-            "reward": [row.reward for row in rows],
-            "reward_std": [row.group_std for row in rows],
-            "frac_reward_zero_std": [
-                math.nan if math.isnan(row.group_std) else float(row.group_std == 0) for row in rows
-            ],
-            "completions/mean_length": [row.counted for row in rows],
-            "completions/clipped_ratio": [float(not row.completed) for row in rows],
-            "samples": [row.samples for row in rows],
-        }
-        for name in rows[0].rewards:
-            by_row[f"rewards/{name}/mean"] = [row.rewards[name] for row in rows]
-        for name, numbers in by_row.items():
-            values = torch.tensor(numbers, dtype=torch.float64)
-            found[name] = self._pair(values[values.isfinite()])
-        return found
-
-    @staticmethod
-    def _pair(values: Tensor) -> Tensor:
-        values = values.detach().double()
-        return torch.stack([values.sum(), values.new_tensor(float(values.numel()))])
 
 
 # Policy gradients ---------------------------------------------------------------------------------
@@ -323,7 +53,7 @@ class _Batch:
 
 @dataclass
 class PolicyGradient:
-    """A policy-gradient loss, with a KL penalty and a critic where they are asked for.
+    """A policy-gradient loss, with penalties, guards and a critic where they are asked for.
 
     Attributes
     ----------
@@ -332,48 +62,96 @@ class PolicyGradient:
         ``loss(logps, old_logps, advantages, mask) -> LossTerms``.
     temperature : float
         Of sampling.
-    beta : float
-        Of the penalty on the k3 estimate of the KL to the reference, per token, 0 or more.
-    aggregation, length
-        Of the penalty: as those of ``loss``.
+    penalties : Penalties
+        Aggregated as ``loss`` is.
     vf_coef : float, optional
         Weight of the critic's loss; ``None``: there is no critic.
     cliprange_value : float
         How far a value may move from the one at sampling before it is clipped.
+    value : callable
+        From the outputs of the value head ``(batch, time, heads)`` to values ``(batch, time)``.
+    curvature : CurvatureGuard, optional
+        Tokens that it masks leave loss and normaliser.
+    off_policy_threshold : float, optional
+        As in :func:`~holdfast.language.losses.policy_gradient.off_policy_sequences`.
+    kl_cov_coef : float
+        Coefficient of ``|log r|`` at the tokens that
+        :class:`~holdfast.language.guards.filters.KlCov` has marked. 0: none are.
+    demonstrations : DemonstrationLoss, optional
+        Where the data's own completions are among the rollouts.
+    hint_coef : float
+        Coefficient of the negative log-likelihood of hints.
     """
 
     pad_id: int
     loss: PolicyLoss
     temperature: float = 1.0
-    beta: float = 0.0
-    aggregation: Aggregation = "token-mean"
-    length: int | None = None
+    penalties: Penalties = field(default_factory=Penalties)
     vf_coef: float | None = None
     cliprange_value: float = 0.2
+    value: Callable[[Tensor], Tensor] = partial(torch.squeeze, dim=-1)
+    curvature: CurvatureGuard | None = None
+    off_policy_threshold: float | None = None
+    kl_cov_coef: float = 0.0
+    demonstrations: DemonstrationLoss | None = None
+    hint_coef: float = 0.0
 
     def __call__(self, policy: nn.Module, rows: Sequence[Rollout]) -> LossTerms:
-        batch = _Batch(policy, rows, self.pad_id)
+        batch = RolloutBatch(policy, rows, self.pad_id)
         critic = _value_head(policy) if self.vf_coef is not None else None
+        advantages = batch.padded("advantages")
 
-        def read(hidden: Tensor, head: Head, labels: Tensor) -> tuple[TokenStatistics, Any]:
+        def read(hidden: Tensor, head: Head, labels: Tensor) -> tuple[Any, ...]:
+            guard = self.curvature
             seen = token_statistics(
-                hidden, head, labels, temperature=self.temperature, statistics=True
+                hidden,
+                head,
+                labels,
+                temperature=self.temperature,
+                statistics=True,
+                moments=None if guard is None else guard.moments(head),
             )
+            mask = batch.mask & ~batch.hinted
+            found: dict[str, Tensor] = {}
+            if guard is not None:
+                kept, found = guard(seen, advantages, hidden, head, labels, self.temperature)
+                mask = mask & kept
+            narrowness = None
+            if self.penalties.entropy_coefficient:
+                narrowness = self.penalties.narrowness(hidden, head, mask, self.temperature)
             values = None
             if critic is not None:
-                values = critic(hidden.to(critic.weight.dtype)).squeeze(-1).float()
-            return seen, values
+                values = self.value(critic(hidden.to(critic.weight.dtype))).float()
+            return seen, mask, narrowness, values, found
 
-        seen, values = policy(batch.input_ids, batch.labels, read=read)
-        logps, mask = seen.logps, batch.mask
+        seen, mask, narrowness, values, found = policy(batch.input_ids, batch.labels, read=read)
+        logps = seen.logps
         old = batch.padded("old_logps") if batch.has("old_logps") else logps.detach()
-        terms = self.loss(logps, old, batch.padded("advantages"), mask)
+        if self.off_policy_threshold is not None:
+            left = off_policy_sequences(
+                logps, old, advantages, mask, threshold=self.off_policy_threshold
+            )
+            found["off_policy_masked"] = pair(left[mask])
+            advantages = advantages.masked_fill(left, 0.0)
+        terms = self._terms(batch, seen, old, advantages, mask)
         total = terms.total
-        metrics = {**batch.metrics(seen), **terms.metrics}
-        if self.beta:
-            penalty = kl_k3(logps, batch.padded("reference_logps"))
-            amount, _ = aggregate(penalty, mask, self.aggregation, self.length)
-            total = total + self.beta * amount
+        metrics = {**batch.metrics(seen), **terms.metrics, **found}
+
+        def summed(per_token: Tensor, mask: Tensor) -> Tensor:
+            shape = self.penalties.aggregation, self.penalties.length
+            return aggregate(per_token, mask, *shape)[0]
+
+        if self.kl_cov_coef:
+            marked = batch.padded("guard/kl_cov") > 0
+            total = total + self.kl_cov_coef * summed((logps - old).abs() * marked, mask)
+        if self.hint_coef:
+            total = total - self.hint_coef * summed(logps, batch.hinted)
+            metrics["hint_length"] = pair(batch.hinted.sum(-1))
+        if self.penalties.kl_coefficient:
+            reference = batch.padded("reference_logps")
+            total = total + self.penalties.divergence(logps, reference, mask)
+        if narrowness is not None:
+            total = total + narrowness
         if self.vf_coef is not None:
             error = value_loss(
                 values,
@@ -385,6 +163,32 @@ class PolicyGradient:
             total = total + self.vf_coef * error.total
             metrics |= {"value_loss": error.total.detach(), **error.metrics}
         return LossTerms(total, terms.count, metrics)
+
+    def _terms(
+        self,
+        batch: RolloutBatch,
+        seen: TokenStatistics,
+        old: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+    ) -> LossTerms:
+        """The loss of the policy's own completions, and that of the data's."""
+        if self.demonstrations is None:
+            return self.loss(seen.logps, old, advantages, mask)
+        given, own = batch.given, ~batch.given
+        assert seen.entropy is not None
+        tokens = batch.mask.sum(-1, keepdim=True).clamp(min=1)
+        entropy = seen.entropy.sum(-1, keepdim=True) / tokens
+        amounts = self.demonstrations.own_advantages(advantages[own], entropy[own])
+        terms = self.loss(seen.logps[own], old[own], amounts, mask[own])
+        losses = self.demonstrations(seen.logps[given], entropy[given], advantages[given])
+        shape = self.penalties.aggregation, self.penalties.length
+        total, count = aggregate(losses, mask[given], *shape)
+        metrics = {
+            "demonstrations": pair(given),
+            "demonstration_logps": pair(seen.logps[given][mask[given]]),
+        }
+        return LossTerms(terms.total + total, terms.count + count, {**terms.metrics, **metrics})
 
 
 def _value_head(policy: nn.Module) -> nn.Linear:
@@ -433,6 +237,15 @@ class Lco:
         Of sampling.
     behaviour_head : KeptHead
         With it, hidden states of the policy that sampled are its logits.
+    penalties : Penalties
+        Aggregated over tokens, as the loss is.
+    mixed : bool
+        The data's own completions are among the rollouts: they are learnt from as all others, by
+        their advantages.
+    curvature : CurvatureGuard, optional
+        For ``lco_kl`` with sparse advantages alone: at the policy that sampled, its gradient is
+        that of a policy gradient with the advantage ``1 - 1 / Z``, ``Z = 1 + pi(a) (exp(A / beta) -
+        1)``. Tokens that it masks leave loss and normaliser.
     """
 
     pad_id: int
@@ -443,46 +256,77 @@ class Lco:
     centre: Centre = "none"
     temperature: float = 1.0
     behaviour_head: KeptHead = field(default_factory=KeptHead)
+    penalties: Penalties = field(default_factory=Penalties)
+    mixed: bool = False
+    curvature: CurvatureGuard | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.beta) and self.beta > 0):
             raise ValueError(f"beta is {self.beta}: it must be positive and finite")
 
     def __call__(self, policy: nn.Module, rows: Sequence[Rollout]) -> LossTerms:
-        batch = _Batch(policy, rows, self.pad_id)
+        batch = RolloutBatch(policy, rows, self.pad_id)
         match = _MATCHES[self.kind]
 
-        def read(hidden: Tensor, head: Head, labels: Tensor) -> tuple[LossTerms, TokenStatistics]:
+        def read(hidden: Tensor, head: Head, labels: Tensor) -> tuple[Any, ...]:
             mask = labels >= 0
             flat, ids = hidden[mask], labels[mask]
             behaviour = batch.flat("old_hidden") if batch.has("old_hidden") else flat.detach()
             sources, bonus = self._target(batch, behaviour, head, ids)
+            kept = ~batch.hinted[mask]
+            found: dict[str, Tensor] = {}
+            if self.curvature is not None:
+                passed, found = self._passed(self.curvature, batch, flat, head, ids)
+                kept &= passed
             watch = Watch()
             terms = match(
                 flat,
                 head,
                 sources,
-                torch.ones_like(ids, dtype=torch.bool),
+                kept,
                 bonus=bonus,
                 temperature=self.temperature,
                 watch=watch,
             )
+            mask = mask.masked_scatter(mask, kept)
             with torch.no_grad():
                 # The loss has seen the whole vocabulary: the record needs the sampled token only.
-                logps = logits_at(flat, head, ids) / self.temperature - watch.lse
+                logps = logits_at(flat[kept], head, ids[kept]) / self.temperature - watch.lse
                 zeros = logps.new_zeros(mask.shape)
                 entropy = zeros.masked_scatter(mask, watch.entropy)
                 seen = TokenStatistics(zeros.masked_scatter(mask, logps), mask, entropy)
-            return terms, seen
+            total = terms.total
+            if self.penalties.kl_coefficient:
+                own = token_statistics(hidden, head, labels, temperature=self.temperature).logps
+                reference = batch.padded("reference_logps")
+                total = total + self.penalties.divergence(own, reference, mask)
+            if self.penalties.entropy_coefficient:
+                total = total + self.penalties.narrowness(hidden, head, mask, self.temperature)
+            return LossTerms(total, terms.count, {**terms.metrics, **found}), seen
 
         terms, seen = policy(batch.input_ids, batch.labels, read=read)
         metrics = {**batch.metrics(seen), **terms.metrics}
+        if self.mixed:
+            metrics["demonstrations"] = pair(batch.given)
         if self.sparse:
             metrics["negative_share"] = negative_share(batch.flat("advantages"))
         return LossTerms(terms.total, terms.count, metrics)
 
+    def _passed(
+        self, guard: CurvatureGuard, batch: RolloutBatch, flat: Tensor, head: Head, ids: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The tokens ``(counted,)`` that may be learnt from."""
+        with torch.no_grad():
+            seen = token_statistics(
+                flat, head, ids, temperature=self.temperature, moments=guard.moments(head)
+            )
+            others = torch.log1p(-seen.logps.exp().clamp(max=1.0 - 1e-7))
+            normaliser = torch.logaddexp(others, seen.logps + batch.flat("advantages") / self.beta)
+            advantages = -torch.expm1(-normaliser)
+        return guard(seen, advantages, flat, head, ids, self.temperature)
+
     def _target(
-        self, batch: _Batch, behaviour: Tensor, head: Head, ids: Tensor
+        self, batch: RolloutBatch, behaviour: Tensor, head: Head, ids: Tensor
     ) -> tuple[list[Source], Bonus]:
         with torch.no_grad():
             sampled_by = self.behaviour_head.head if batch.has("old_hidden") else None
@@ -553,7 +397,7 @@ class Distillation:
     sampling: float = 1.0
 
     def __call__(self, policy: nn.Module, rows: Sequence[Rollout]) -> LossTerms:
-        batch = _Batch(policy, rows, self.pad_id)
+        batch = RolloutBatch(policy, rows, self.pad_id)
 
         def read(hidden: Tensor, head: Head, labels: Tensor) -> tuple[LossTerms, TokenStatistics]:
             mask = labels >= 0

@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -42,6 +42,10 @@ class Rollout:
         than two have one.
     samples : int
         Completions that the source had drawn in all once this one was there.
+    demonstration : bool
+        The data's own completion in the place of the policy's.
+    hint : int
+        Counted tokens at the start that the data gave the policy to go on from.
     signals : dict of str to Tensor
         What the loss needs besides, by counted token: ``(counted, ...)``.
     """
@@ -53,6 +57,8 @@ class Rollout:
     rewards: dict[str, float] = field(default_factory=dict)
     group_std: float = math.nan
     samples: int = 0
+    demonstration: bool = False
+    hint: int = 0
     signals: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -70,7 +76,16 @@ class Rollout:
         return {**plain, "tokens": self.tokens.to_json()}
 
 
-_PLAIN = ("origin", "completed", "reward", "rewards", "group_std", "samples")
+_PLAIN = (
+    "origin",
+    "completed",
+    "reward",
+    "rewards",
+    "group_std",
+    "samples",
+    "demonstration",
+    "hint",
+)
 
 
 class Annotate(Protocol):
@@ -89,6 +104,54 @@ class Annotate(Protocol):
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """What has a state that belongs into a checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Group(Protocol):
+    """What the data's own completions do in the group of a prompt; see ``imitation``."""
+
+    @property
+    def members(self) -> int:
+        """How many completions of a group the data gives."""
+        ...
+
+    def completion(self, origin: str) -> Encoded:
+        """The data's completion of a prompt, after that prompt."""
+        ...
+
+    def hint(self, origin: str, name: str, step: int) -> Any:
+        """Ids that completions of a prompt begin with, in a draw of this name at a step."""
+        ...
+
+    def admit(
+        self,
+        rollouts: list[Rollout],
+        num_generations: int,
+        score: Callable[[Sequence[Rollout]], list[Rollout]],
+    ) -> list[Rollout]:
+        """Rollouts with advantages, some of them in exchange for the data's completions."""
+        ...
+
+    def due(self, batch_size: int) -> list[Rollout]:
+        """A batch that goes before new rollouts, or nothing."""
+        ...
+
+
+class Inner(Protocol):
+    """Says when a batch of rollouts has served enough; see ``guards.controllers.Surrogate``."""
+
+    @property
+    def exhausted(self) -> bool: ...
+
+    def renew(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -166,6 +229,12 @@ class Rollouts:
         Of prompts and completions.
     share : callable, optional
         ``share(work, items)``: ``work`` on the items, divided among processes, results in order.
+    group : Group, optional
+        What the data's own completions do beside the policy's.
+    inner : Inner, optional
+        May end the use of a batch of rollouts early.
+    memory : mapping of str to Remembers
+        What else an objective remembers: its state is kept with that of its rollouts.
     """
 
     def __init__(
@@ -181,6 +250,9 @@ class Rollouts:
         seed: int,
         share: Callable[[Callable[[Sequence[Any]], list[Any]], Sequence[Any]], list[Any]]
         | None = None,
+        group: Group | None = None,
+        inner: Inner | None = None,
+        memory: Mapping[str, Remembers] | None = None,
     ) -> None:
         self.generator = generator
         self.sampling = sampling
@@ -190,6 +262,9 @@ class Rollouts:
         self.decode = decode
         self.seed = seed
         self._share = share or (lambda work, items: work(items))
+        self.group = group
+        self.inner = inner
+        self.memory = memory or {}
         self._prompts = Batches(prompts, options.drawn // options.num_generations, seed=seed)
         self.samples = 0
         """Completions drawn so far."""
@@ -201,10 +276,19 @@ class Rollouts:
 
     def next(self) -> list[Rollout]:
         """The rollouts of the next optimiser step."""
-        if not self._rollouts or self.used == self.options.uses:
+        spent = self.inner is not None and self.inner.exhausted
+        if not self._rollouts or self.used == self.options.uses or spent:
+            self._rollouts = []
+            if self.group is not None:
+                waiting = self.group.due(self.options.batch_size)
+                if waiting:
+                    waiting = [replace(row, samples=self.samples) for row in waiting]
+                    return self._score(waiting)
             self._rollouts = self._collect()
             self.round += 1
             self.used = 0
+            if self.inner is not None:
+                self.inner.renew()
         iteration, step = divmod(self.used, self.options.steps_per_generation)
         order = list(range(len(self._rollouts)))
         if self.options.steps_per_generation > 1:
@@ -222,7 +306,7 @@ class Rollouts:
         spare: list[Rollout] = []
         for attempt in range(1 + self.options.max_resampling):
             drawn = self._draw(self._prompts.next(), attempt)
-            self.samples += len(drawn)
+            self.samples += sum(not row.demonstration for row in drawn)
             if not self.options.dynamic_sampling:
                 kept = drawn
                 break
@@ -240,8 +324,10 @@ class Rollouts:
             )
         rollouts = [replace(row, samples=self.samples) for row in rollouts]
         credited = self.annotate.credit(rollouts, self.options.num_generations)
+        if self.group is not None:
+            credited = self.group.admit(credited, self.options.num_generations, self._score)
         if self.options.mask_truncated_completions:
-            credited = [row if row.completed else _masked(row) for row in credited]
+            credited = [row if row.completed else masked(row) for row in credited]
         if not any(row.counted for row in credited):
             raise TrainingError(
                 f"none of {len(credited)} completions ended within max_completion_length "
@@ -253,6 +339,8 @@ class Rollouts:
 
     def _draw(self, prompts: Sequence[Prompt], attempt: int) -> list[Rollout]:
         count = self.options.num_generations
+        own = count - (0 if self.group is None else self.group.members)
+        step = self.round * self.options.uses
         names = [
             (prompt, f"{self.seed}/{self.round}/{attempt}/{index}")
             for index, prompt in enumerate(prompts)
@@ -261,17 +349,48 @@ class Rollouts:
         def work(part: Sequence[tuple[Prompt, str]]) -> list[list[Rollout]]:
             if not part:
                 return []
-            repeated = [prompt for prompt, _ in part for _ in range(count)]
-            seeds = [seed_of(f"{name}/{n}") for _, name in part for n in range(count)]
+            repeated = [prompt for prompt, _ in part for _ in range(own)]
+            seeds = [seed_of(f"{name}/{n}") for _, name in part for n in range(own)]
+            hints = [
+                self.group.hint(prompt.origin, name, step) if self.group is not None else ()
+                for prompt, name in part
+                for _ in range(own)
+            ]
             rollouts = sample(
-                repeated, seeds, self.generator, self.sampling, self.rewards, self.decode
+                repeated, seeds, self.generator, self.sampling, self.rewards, self.decode, hints
             )
+            if own < count:
+                rollouts = self._joined_by_data([prompt for prompt, _ in part], rollouts, own)
             rollouts = self.annotate.score(_with_spread(rollouts, count))
             return list(_groups(rollouts, count))
 
         return [row for group in self._share(work, names) for row in group]
 
+    def _joined_by_data(
+        self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], own: int
+    ) -> list[Rollout]:
+        """Every group of the policy's own completions, and then the data's."""
+        assert self.group is not None
+        given = [
+            Rollout(self.group.completion(prompt.origin), prompt.origin, True, demonstration=True)
+            for prompt in prompts
+            for _ in range(self.group.members)
+        ]
+        if self.rewards is not None:
+            repeated = [prompt for prompt in prompts for _ in range(self.group.members)]
+            ids = [row.tokens.input_ids[row.tokens.counted].tolist() for row in given]
+            given = _rewarded(given, repeated, ids, self.rewards, self.decode)
+        joined: list[Rollout] = []
+        for index in range(len(prompts)):
+            joined += rollouts[index * own : (index + 1) * own]
+            joined += given[index * self.group.members : (index + 1) * self.group.members]
+        return joined
+
+    def _score(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        return self._share(lambda part: self.annotate.score(part) if part else [], rollouts)
+
     def state_dict(self) -> dict[str, Any]:
+        memory = {name: part.state_dict() for name, part in self.memory.items()}
         return {
             "prompts": self._prompts.state_dict(),
             "samples": self.samples,
@@ -279,6 +398,7 @@ class Rollouts:
             "used": self.used,
             "rollouts": [_pack(row) for row in self._rollouts],
             "annotate": self.annotate.state_dict(),
+            **({"memory": memory} if memory else {}),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -287,6 +407,8 @@ class Rollouts:
         self.used = int(state["used"])
         self._rollouts = [_unpack(row) for row in state["rollouts"]]
         self.annotate.load_state_dict(state["annotate"])
+        for name, part in self.memory.items():
+            part.load_state_dict(state["memory"][name])
 
 
 class PartlyOnPolicy:
@@ -356,19 +478,39 @@ def sample(
     sampling: Sampling,
     rewards: Rewards | None,
     decode: Callable[[Sequence[int]], str],
+    hints: Sequence[Sequence[int]] = (),
 ) -> list[Rollout]:
     """One rewarded completion of every prompt.
 
-    Conversational prompts are answered by a message of the assistant.
+    Conversational prompts are answered by a message of the assistant. Where there are ``hints``, a
+    completion begins with its prompt's: it is rewarded together with it, and all of it counts.
     """
-    completions = generator([prompt.input_ids for prompt in prompts], seeds, sampling)
-    rollouts = [
-        Rollout(_joined(prompt, completion), prompt.origin, completion.completed)
-        for prompt, completion in zip(prompts, completions, strict=True)
+    given = [prompt.input_ids for prompt in prompts]
+    starts = [np.asarray(hint, dtype=np.int32) for hint in hints or [()] * len(prompts)]
+    whole = [
+        np.concatenate([ids, start]) if len(start) else ids
+        for ids, start in zip(given, starts, strict=True)
+    ]
+    completions = generator(whole, seeds, sampling)
+    found = [
+        Rollout(_joined(ids, start, row), prompt.origin, row.completed, hint=len(start))
+        for ids, start, prompt, row in zip(given, starts, prompts, completions, strict=True)
     ]
     if rewards is None:
-        return rollouts
-    ids = [completion.ids.tolist() for completion in completions]
+        return found
+    written = [
+        [*start.tolist(), *row.ids.tolist()] for start, row in zip(starts, completions, strict=True)
+    ]
+    return _rewarded(found, prompts, written, rewards, decode)
+
+
+def _rewarded(
+    rollouts: Sequence[Rollout],
+    prompts: Sequence[Prompt],
+    ids: list[list[int]],
+    rewards: Rewards,
+    decode: Callable[[Sequence[int]], str],
+) -> list[Rollout]:
     texts: list[Any] = [decode(row) for row in ids]
     texts = [
         text if isinstance(prompt.content, str) else [{"role": "assistant", "content": text}]
@@ -392,10 +534,9 @@ def seed_of(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
 
-def _joined(prompt: Prompt, completion: Completion) -> Encoded:
-    counted = np.zeros(len(prompt.input_ids) + len(completion.ids), dtype=bool)
-    counted[len(prompt.input_ids) :] = True
-    return Encoded(np.concatenate([prompt.input_ids, completion.ids]), counted)
+def _joined(prompt: Any, hint: Any, completion: Completion) -> Encoded:
+    ids = np.concatenate([prompt, hint, completion.ids])
+    return Encoded(ids, np.arange(len(ids)) >= len(prompt))
 
 
 def _groups(rollouts: Sequence[Rollout], size: int) -> list[list[Rollout]]:
@@ -415,9 +556,10 @@ def _with_spread(rollouts: Sequence[Rollout], size: int) -> list[Rollout]:
     return found
 
 
-def _masked(row: Rollout) -> Rollout:
+def masked(row: Rollout) -> Rollout:
+    """The row, with nothing in it that counts."""
     tokens = Encoded(row.tokens.input_ids, np.zeros_like(row.tokens.counted))
-    return replace(row, tokens=tokens, signals={k: v[:0] for k, v in row.signals.items()})
+    return replace(row, tokens=tokens, hint=0, signals={k: v[:0] for k, v in row.signals.items()})
 
 
 def _pack(row: Rollout) -> dict[str, Any]:
@@ -450,6 +592,9 @@ def _unpack(state: Mapping[str, Any]) -> Rollout:
         rewards={name: number(value) for name, value in state["rewards"].items()},
         group_std=number(state["group_std"]),
         samples=int(state["samples"]),
+        # Rollouts from before these existed have neither.
+        demonstration=bool(state.get("demonstration", False)),
+        hint=int(state.get("hint", 0)),
         signals={
             name.removeprefix("signal/"): value
             for name, value in state.items()

@@ -32,6 +32,8 @@ class TrainedSpec(Spec):
 
     held_out_entry: ClassVar[str] = "data.held_out"
     probe_entry: ClassVar[str] = "data.probe"
+    added: ClassVar[frozenset[str]] = frozenset()
+    """Entries that came later: at their defaults they are no part of a recipe's fingerprint."""
 
     batch_size: int = Field(8, ge=1, description="rows an optimiser step takes, over all processes")
     micro_batch_size: int | None = Field(None, ge=1, description="rows a forward pass takes")
@@ -85,6 +87,11 @@ class NllSpec(ObjectiveSpec):
 
     kind: Literal["nll"] = "nll"
     aggregation: Literal["token-mean", "sequence-mean", "sequence-sum"] = "token-mean"
+    loss_type: Literal["nll", "dft", "chord"] = Field(
+        "nll", description="weight of a token: 1; its probability p (DFT); p (1 - p) (CHORD)"
+    )
+
+    added: ClassVar[frozenset[str]] = frozenset({"loss_type"})
 
 
 class DpoSpec(ObjectiveSpec):

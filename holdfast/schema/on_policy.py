@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from holdfast.schema.base import Spec
 from holdfast.schema.objectives import ObjectiveSpec
+from holdfast.schema.on_policy_guards import (
+    Covariance,
+    CurvatureSpec,
+    HintsSpec,
+    ImitationSpec,
+    KlControl,
+    KlCovSpec,
+    MembersSpec,
+    SolveRateGateSpec,
+)
 
 
 class RewardSpec(Spec):
@@ -77,6 +87,59 @@ class RewardedSpec(OnPolicySpec):
     preference: PreferenceAdvantage | None = Field(
         None, description="advantages of tokens from a preference-tuned model, not from rewards"
     )
+    kl_control: KlControl | None = Field(
+        None, description="sets the coefficient of a KL penalty to the reference as training goes"
+    )
+    entropy_coef: float = Field(0.0, ge=0, description="of an entropy bonus; 0: none")
+    use_adaptive_entropy: bool = Field(False, description="only while the entropy is low")
+    entropy_target: float = Field(0.2, gt=0, description="nats a token: at or below it is low")
+    entropy_coef_delta: float = Field(0.005, gt=0, description="change of entropy_coef in a step")
+    entropy_coef_min: float = Field(0.0, ge=0)
+    entropy_coef_max: float = Field(1.0, ge=0)
+    curvature_mask: CurvatureSpec | None = Field(
+        None, description="tokens that would move objective or policy too far do not learn (CAPO)"
+    )
+    advantage_filter: float | None = Field(
+        None, gt=0, description="advantages this many deviations off are set to 0"
+    )
+    stop_on_rise: bool = Field(
+        False, description="draw anew once a pass over the rollouts no longer lowers the loss"
+    )
+
+    added: ClassVar[frozenset[str]] = frozenset(
+        {
+            "kl_control",
+            "entropy_coef",
+            "use_adaptive_entropy",
+            "entropy_target",
+            "entropy_coef_delta",
+            "entropy_coef_min",
+            "entropy_coef_max",
+            "curvature_mask",
+            "advantage_filter",
+            "stop_on_rise",
+        }
+    )
+
+    def _refuse(self, entry: str, why: str) -> None:
+        """Say that an entry does nothing here, if it is not at its default."""
+        value, default = getattr(self, entry), type(self).model_fields[entry].default
+        if value != default:
+            raise ValueError(f"{entry} does nothing {why}: leave it out")
+
+    @model_validator(mode="after")
+    def _adaptive(self) -> RewardedSpec:
+        if not self.use_adaptive_entropy:
+            for name in ("target", "coef_delta", "coef_min", "coef_max"):
+                self._refuse(f"entropy_{name}", "unless use_adaptive_entropy is true")
+        elif not self.entropy_coef_min <= self.entropy_coef <= self.entropy_coef_max:
+            raise ValueError(
+                f"entropy_coef is {self.entropy_coef}: it must lie in [entropy_coef_min, "
+                f"entropy_coef_max], [{self.entropy_coef_min}, {self.entropy_coef_max}]"
+            )
+        if self.num_iterations == 1:
+            self._refuse("stop_on_rise", "with num_iterations 1, a single pass over rollouts")
+        return self
 
     @field_validator("rewards")
     @classmethod
@@ -93,6 +156,106 @@ class PenalisedSpec(RewardedSpec):
     """Policy gradients, with a KL penalty."""
 
     beta: float = Field(0.0, ge=0, description="of the KL penalty to the reference; 0: none")
+    covariance: Covariance | None = Field(
+        None, description="Clip-Cov or KL-Cov: tokens that lower the entropy most"
+    )
+
+    added: ClassVar[frozenset[str]] = RewardedSpec.added | {"covariance"}
+
+    @model_validator(mode="after")
+    def _one_penalty(self) -> PenalisedSpec:
+        if self.kl_control is not None and self.beta:
+            raise ValueError("beta is a fixed coefficient, and kl_control sets one: name only one")
+        if isinstance(self.covariance, KlCovSpec) and self.uses == 1:
+            raise ValueError(
+                "covariance kl does nothing where rollouts serve one update, in which no policy "
+                "has moved: raise num_iterations or steps_per_generation, or use clip"
+            )
+        return self
+
+
+class ComparedSpec(RewardedSpec):
+    """Rewards are compared within the group of a prompt."""
+
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    scale_floor: float = Field(0.0, ge=0, description="smallest deviation of a group divided by")
+    smooth_advantages: bool = Field(False, description="against a prompt's past as well (DCPO)")
+    imitation: ImitationSpec | None = Field(
+        None, description="the data's own completions: members, hints, or solve_rate_gate"
+    )
+
+    added: ClassVar[frozenset[str]] = RewardedSpec.added | {
+        "scale_floor",
+        "smooth_advantages",
+        "imitation",
+    }
+
+    @property
+    def compares(self) -> bool:
+        """Whether advantages come from rewards."""
+        return self.preference is None
+
+    @model_validator(mode="after")
+    def _comparing(self) -> ComparedSpec:
+        if not self.compares:
+            for entry in ("scale_rewards", "scale_floor", "smooth_advantages", "imitation"):
+                self._refuse(entry, "where advantages come from a model, not from rewards")
+            return self
+        if self.scale_rewards != "group":
+            for entry in ("scale_floor", "smooth_advantages"):
+                self._refuse(entry, f"with scale_rewards {self.scale_rewards}, only with group")
+        if isinstance(self.imitation, MembersSpec) and (
+            self.num_generations - self.imitation.count < 1
+        ):
+            raise ValueError(
+                f"imitation.count is {self.imitation.count} of {self.num_generations} "
+                "num_generations: at least one completion must be the policy's own"
+            )
+        if isinstance(self.imitation, SolveRateGateSpec):
+            if getattr(self, "dynamic_sampling", False):
+                raise ValueError(
+                    "dynamic_sampling replaces the groups that imitation solve_rate_gate is for: "
+                    "set one of them only"
+                )
+            if self.imitation.threshold >= self.num_generations:
+                raise ValueError(
+                    f"imitation.threshold is {self.imitation.threshold} of {self.num_generations} "
+                    "num_generations: no prompt would ever be learnt from its own completions"
+                )
+        return self
+
+
+class RatioSpec(PenalisedSpec):
+    """Ratios of tokens are clipped."""
+
+    epsilon: float = Field(0.2, gt=0)
+    epsilon_high: float | None = Field(None, gt=0, description="null: epsilon")
+    delta: float | None = Field(None, gt=1, description="upper bound on the ratio (dual clip)")
+    dynamic_clip: bool = Field(False, description="bounds by the token's probability (DCPO)")
+    log_ratio_limit: float | None = Field(
+        None, gt=0, description="log-ratios are clipped before they become ratios"
+    )
+    off_policy_mask_threshold: float | None = Field(
+        None, gt=0, description="nats a token that a sequence of negative advantage may be behind"
+    )
+
+    added: ClassVar[frozenset[str]] = PenalisedSpec.added | {
+        "dynamic_clip",
+        "log_ratio_limit",
+        "off_policy_mask_threshold",
+    }
+
+    @model_validator(mode="after")
+    def _above(self) -> RatioSpec:
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if self.delta is not None and self.delta <= 1 + high:
+            raise ValueError(
+                f"delta is {self.delta}: it must be above 1 + epsilon_high, {1 + high}"
+            )
+        if self.uses == 1:
+            for entry in ("dynamic_clip", "log_ratio_limit", "off_policy_mask_threshold"):
+                self._refuse(entry, "where rollouts serve one update, with ratios of 1")
+        return self
 
 
 class ReinforceSpec(PenalisedSpec):
@@ -105,6 +268,7 @@ class ReinforceSpec(PenalisedSpec):
     @model_validator(mode="after")
     def _compared(self) -> ReinforceSpec:
         if self.preference is not None:
+            self._refuse("baseline", "where advantages come from preference")
             return self
         if self.baseline == "leave_one_out" and self.num_generations < 2:
             raise ValueError(
@@ -116,54 +280,49 @@ class ReinforceSpec(PenalisedSpec):
         return self
 
 
-class PpoSpec(PenalisedSpec):
+class PpoSpec(RatioSpec):
     """PPO: clipped ratios, a value head, generalised advantage estimation."""
 
     kind: Literal["ppo"] = "ppo"
     num_generations: int = Field(1, ge=1, description="completions of each prompt")
-    epsilon: float = Field(0.2, gt=0)
     vf_coef: float = Field(0.1, gt=0)
     cliprange_value: float = Field(0.2, gt=0)
     discount: float = Field(1.0, gt=0, le=1)
     trace: float = Field(0.95, ge=0, le=1)
     whiten_advantages: bool = True
+    soft_minimum: float | None = Field(
+        None, gt=0, description="alpha: the value is the soft minimum of two heads (SAFE)"
+    )
+
+    added: ClassVar[frozenset[str]] = RatioSpec.added | {"soft_minimum", "delta", "epsilon_high"}
 
 
-class GroupedSpec(PenalisedSpec):
+class GroupedSpec(PenalisedSpec, ComparedSpec):
     """Advantages relative to the other completions of the same prompt."""
 
     num_generations: int = Field(8, ge=2, description="completions of each prompt")
-    scale_rewards: Literal["group", "batch", "none"] = "group"
     dynamic_sampling: bool = Field(False, description="replace groups of equal rewards (DAPO)")
 
+    added: ClassVar[frozenset[str]] = PenalisedSpec.added | ComparedSpec.added
 
-class ClippedSpec(GroupedSpec):
-    """Ratios are clipped."""
 
-    epsilon: float = Field(0.2, gt=0)
-    epsilon_high: float | None = Field(None, gt=0, description="null: epsilon")
+class ClippedSpec(GroupedSpec, RatioSpec):
+    """Ratios are clipped, and advantages relative."""
+
+    added: ClassVar[frozenset[str]] = GroupedSpec.added | RatioSpec.added
 
 
 class GrpoSpec(ClippedSpec):
     """GRPO: every sequence weighs the same."""
 
     kind: Literal["grpo"] = "grpo"
-    delta: float | None = Field(None, gt=1, description="upper bound on the ratio")
-
-    @model_validator(mode="after")
-    def _above(self) -> GrpoSpec:
-        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
-        if self.delta is not None and self.delta <= 1 + high:
-            raise ValueError(
-                f"delta is {self.delta}: it must be above 1 + epsilon_high, {1 + high}"
-            )
-        return self
 
 
 class DrGrpoSpec(ClippedSpec):
     """Dr. GRPO: no division by the group's deviation, nor by a sequence's own length."""
 
     kind: Literal["dr_grpo"] = "dr_grpo"
+    added: ClassVar[frozenset[str]] = ClippedSpec.added | {"delta"}
     scale_rewards: Literal["group", "batch", "none"] = "none"
 
 
@@ -171,17 +330,18 @@ class DapoSpec(ClippedSpec):
     """DAPO: every token weighs the same, clip-higher, dynamic sampling."""
 
     kind: Literal["dapo"] = "dapo"
+    added: ClassVar[frozenset[str]] = ClippedSpec.added | {"delta"}
     epsilon_high: float | None = Field(0.28, gt=0)
     dynamic_sampling: bool = True
     mask_truncated_completions: bool = True
 
 
-class GspoSpec(ClippedSpec):
+class GspoSpec(GroupedSpec):
     """GSPO: one ratio a sequence."""
 
     kind: Literal["gspo"] = "gspo"
     epsilon: float = Field(3e-4, gt=0)
-    epsilon_high: float | None = Field(4e-4, gt=0)
+    epsilon_high: float | None = Field(4e-4, gt=0, description="null: epsilon")
 
 
 class CispoSpec(GroupedSpec):
@@ -207,12 +367,11 @@ class DroSpec(GroupedSpec):
     kl_coef: float = Field(0.1, gt=0, description="of the squared log-ratio")
 
 
-class LcoSpec(RewardedSpec):
+class LcoSpec(ComparedSpec):
     """LCO: match the optimal logits over the whole vocabulary."""
 
     kind: Literal["lco_kl", "lco_mse", "lco_log_cosh"] = "lco_kl"
     beta: float = Field(1.0, gt=0, description="KL strength of the optimal policy")
-    scale_rewards: Literal["group", "batch", "none"] = "group"
     log_probability_model: str | None = Field(
         None, description="advantages from the log-probabilities of this model"
     )
@@ -239,6 +398,30 @@ class LcoSpec(RewardedSpec):
     def sparse(self) -> bool:
         """Whether the sampled token has an advantage of its own."""
         return not self.dense if self.sparse_advantages is None else self.sparse_advantages
+
+    @property
+    def compares(self) -> bool:
+        return self.sparse
+
+    @model_validator(mode="after")
+    def _fitting(self) -> LcoSpec:
+        if not self.sparse:
+            for entry in ("advantage_filter", "curvature_mask"):
+                self._refuse(entry, "where every token of the vocabulary has an advantage")
+        if self.kind != "lco_kl" or self.dense:
+            self._refuse("curvature_mask", "but for lco_kl with advantages of sampled tokens alone")
+        if isinstance(self.imitation, HintsSpec) and self.imitation.coefficient:
+            raise ValueError(
+                "imitation.coefficient is of a likelihood that LCO has not: set it to 0"
+            )
+        if isinstance(self.imitation, MembersSpec) and (
+            self.imitation.shaping is not None or self.imitation.entropy_weights
+        ):
+            raise ValueError(
+                "imitation.shaping and entropy_weights are of policy gradients. LCO moves the "
+                "logits of a demonstration by its advantage: set shaping: null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_advantage(self) -> LcoSpec:

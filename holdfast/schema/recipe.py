@@ -49,9 +49,11 @@ from holdfast.schema.policies import LanguagePolicySpec
 from holdfast.schema.schedules import (
     AdaptiveInterleaveSpec,
     AlrightSpec,
+    FadeSpec,
     InterleaveSpec,
     MaxrightSpec,
     MixSpec,
+    NoiseAwareSpec,
     SequentialSpec,
 )
 
@@ -141,7 +143,14 @@ AnyPolicy = Annotated[
     Discriminator(_policy_kind),
 ]
 AnySchedule = Annotated[
-    SequentialSpec | MixSpec | InterleaveSpec | AdaptiveInterleaveSpec | AlrightSpec | MaxrightSpec,
+    SequentialSpec
+    | MixSpec
+    | InterleaveSpec
+    | AdaptiveInterleaveSpec
+    | AlrightSpec
+    | MaxrightSpec
+    | FadeSpec
+    | NoiseAwareSpec,
     Field(discriminator="kind"),
 ]
 
@@ -272,4 +281,8 @@ class Recipe(Spec):
         for part, entry in ((values, "combiner"), (values["training"], "learning_rates")):
             if not part[entry]:
                 part.pop(entry)
+        for name, spec in self.objectives.items():
+            for entry in type(spec).added:
+                if getattr(spec, entry) == type(spec).model_fields[entry].default:
+                    values["objectives"][name].pop(entry)
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

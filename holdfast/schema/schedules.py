@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from holdfast.joint.interleave import check_ratio, turns_per_unit
+from holdfast.joint.mixing import Fade, NoiseAware
 from holdfast.joint.schedules import (
     AdaptiveInterleave,
     Interleave,
@@ -158,6 +159,61 @@ class AdaptiveInterleaveSpec(PairSpec):
     def where(self, objective: str) -> str:
         """The entry that names an objective."""
         return "first" if objective == self.first else "second"
+
+
+class FadeSpec(Spec):
+    """Two objectives in every step; the weight of the first changes (CHORD)."""
+
+    kind: Literal["fade"] = "fade"
+    first: str
+    second: str
+    start: float = Field(0.9, ge=0, le=1, description="weight of first; the rest is second's")
+    end: float = Field(0.05, ge=0, le=1)
+    steps: int = Field(ge=1, description="from start to end")
+    warmup_steps: int = Field(0, ge=0, description="before them, from 0 to start")
+    shape: Literal["linear", "cosine"] = "cosine"
+
+    @model_validator(mode="after")
+    def _two(self) -> Self:
+        self.prior()
+        return self
+
+    def prior(self) -> Fade:
+        options = set(FadeSpec.model_fields) - {"kind"}
+        return Fade(**self.model_dump(include=options))
+
+    def schedule(self) -> Fade | NoiseAware:
+        return self.prior()
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        return (self.first, self.second)
+
+    def where(self, objective: str) -> str:
+        """The entry that names an objective."""
+        return "first" if objective == self.first else "second"
+
+
+class NoiseAwareSpec(FadeSpec):
+    """As fade, and pulled to what the noise of both gradients and their distance ask for (GAC)."""
+
+    kind: Literal["noise_aware"] = "noise_aware"  # type: ignore[assignment]
+    target: float = Field(0.5, ge=0, le=1, description="weight of first, were there no noise")
+    blend: float = Field(0.5, ge=0, le=1, description="share of the fading weight")
+    smoothing: float = Field(0.99, ge=0, lt=1)
+    cap: float = Field(0.01, gt=0, description="largest change of the weight in a step")
+    lowest: float = Field(0.05, gt=0, lt=1)
+    highest: float = Field(0.9, gt=0, lt=1)
+    every: int = Field(10, ge=1, description="steps between updates of the average")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        self.schedule()
+        return self
+
+    def schedule(self) -> Fade | NoiseAware:
+        options = set(NoiseAwareSpec.model_fields) - set(FadeSpec.model_fields)
+        return NoiseAware(self.prior(), **self.model_dump(include=options))
 
 
 class StageSpec(Spec):

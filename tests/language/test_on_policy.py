@@ -11,11 +11,13 @@ from torch.testing import assert_close
 from holdfast.errors import ModelError
 from holdfast.language.data import Encoded
 from holdfast.language.frozen import Frozen, hidden_states
+from holdfast.language.guards import Penalties
 from holdfast.language.losses import gkd, lco_kl, lco_log_cosh, lco_mse, optimal_logits
 from holdfast.language.losses.policy_gradient import ppo_clip, reinforce
 from holdfast.language.model import LanguagePolicy, load_policy
-from holdfast.language.on_policy import Distillation, Lco, PolicyGradient, Signals, log_normaliser
+from holdfast.language.on_policy import Distillation, Lco, PolicyGradient, log_normaliser
 from holdfast.language.rollouts import Rollout
+from holdfast.language.signals import Signals
 from holdfast.language.tokenizers import build_tokenizer
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48}
@@ -106,7 +108,9 @@ def test_ratios_come_from_the_policy_that_sampled_and_penalties_from_the_referen
     policy, before, rows = build(1), build(2), rollouts()
     signals = Signals(before, behaviour="logps", reference=Frozen(build(3)))
     rows = signals.score(rows)
-    loss = PolicyGradient(policy.pad_id, partial(ppo_clip, epsilon=0.1), beta=0.3)
+    loss = PolicyGradient(
+        policy.pad_id, partial(ppo_clip, epsilon=0.1), penalties=Penalties(beta=0.3)
+    )
     terms = loss(policy, rows)
     expected = torch.zeros(())
     for row in rows:

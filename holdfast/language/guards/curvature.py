@@ -10,12 +10,14 @@ Source: "Stabilizing Policy Gradients for Sample-Efficient Reinforcement Learnin
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from holdfast.language.head import TokenStatistics, dense_statistics
+from holdfast.language.head import Head, TokenStatistics, dense_statistics
 
 
 @dataclass(frozen=True)
@@ -228,10 +230,126 @@ class RowMoments:
         floor = corrected.mean() * (1.0 - self.beta)
         return 1.0 / (corrected.maximum(floor).sqrt() + self.epsilon)
 
-    def state_dict(self) -> dict[str, Tensor | int]:
+    def state_dict(self) -> dict[str, Any]:
         return {"average": self.average, "steps": self.steps}
 
-    def load_state_dict(self, state: dict[str, Tensor | int]) -> None:
-        average = state["average"]
-        assert isinstance(average, Tensor)
-        self.average, self.steps = average.clone(), int(state["steps"])
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.average, self.steps = state["average"].clone(), int(state["steps"])
+
+
+@dataclass
+class CurvatureGuard:
+    """:func:`curvature_mask` within a loss on rollouts, in tiles.
+
+    Attributes
+    ----------
+    learning_rate, objective_limit, policy_limit, objective_floor
+        As in :func:`curvature_mask`.
+    rows : RowMoments, optional
+        Models a step of Adam in the place of one of plain gradient descent.
+    gradient : callable, optional
+        The mean gradient of the output layer's weight in the latest step, for ``rows``.
+    random : bool
+        Mask as many tokens, but others: what a study compares the guard with.
+    """
+
+    learning_rate: float
+    objective_limit: float
+    policy_limit: float
+    objective_floor: float | None = None
+    rows: RowMoments | None = None
+    gradient: Callable[[], Tensor | None] = lambda: None
+    random: bool = False
+
+    def __post_init__(self) -> None:
+        check_limits(
+            self.learning_rate, self.objective_limit, self.policy_limit, self.objective_floor
+        )
+
+    def moments(self, head: Head) -> Tensor:
+        """``(vocab,)``: what statistics are to have the moments of."""
+        if self.rows is None:
+            return torch.ones(len(head.weight), device=head.weight.device)
+        return self.rows.scales().to(head.weight.device)
+
+    def __call__(
+        self,
+        statistics: TokenStatistics,
+        advantages: Tensor,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor,
+        temperature: float,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The counted tokens that may be learnt from, and metrics.
+
+        Parameters
+        ----------
+        statistics : TokenStatistics
+            ``(...)``, with :meth:`moments`.
+        advantages, labels : Tensor
+            ``(...)``.
+        hidden : Tensor
+            ``(..., width)``.
+        head : Head
+        temperature : float
+            Of sampling.
+
+        Returns
+        -------
+        mask : Tensor
+            ``(...)``, bool.
+        metrics : dict of str to Tensor
+            Over counted tokens, each ``(2,)``, a sum and its count: ``curvature/masked`` (a share),
+            ``curvature/objective_shift`` (its size) and ``curvature/policy_shift``.
+        """
+        mask = statistics.mask
+        with torch.no_grad():
+            squares = hidden.detach().float().square().sum(-1) + (head.bias is not None)
+            norms = squares.sqrt() * (abs(head.scale) / temperature)
+            scales = self.moments(head)[labels.clamp(min=0)]
+            shifts = predicted_shifts(
+                statistics, scales, advantages, norms, learning_rate=self.learning_rate
+            )
+            kept = within(shifts, self.objective_limit, self.policy_limit, self.objective_floor)
+            dropped = mask & ~kept
+            if self.random:
+                dropped = _shuffled(dropped, mask, labels)
+            count = mask.sum().double()
+            found = {
+                "curvature/masked": dropped,
+                "curvature/objective_shift": shifts.objective.abs(),
+                "curvature/policy_shift": shifts.policy,
+            }
+            metrics = {
+                name: torch.stack([values.double().masked_fill(~mask, 0.0).sum(), count])
+                for name, values in found.items()
+            }
+        return mask & ~dropped, metrics
+
+    @property
+    def record(self) -> dict[str, float]:
+        return {}
+
+    def observe(self, metrics: Mapping[str, float]) -> None:
+        gradient = self.gradient()
+        if self.rows is not None and gradient is not None:
+            self.rows.update(gradient)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {} if self.rows is None else self.rows.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.rows is not None:
+            self.rows.load_state_dict(state)
+
+
+def _shuffled(dropped: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
+    """As many of the counted tokens, drawn with a seed that is theirs."""
+    places = mask.flatten().nonzero().squeeze(-1)
+    ids = labels.flatten()[places].cpu()
+    seed = int((ids * torch.arange(1, len(ids) + 1)).sum())
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+    chosen = torch.zeros(mask.numel(), dtype=torch.bool, device=mask.device)
+    chosen[places[order[: int(dropped.sum())].to(places.device)]] = True
+    return chosen.view(mask.shape)

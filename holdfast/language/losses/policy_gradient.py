@@ -10,6 +10,8 @@ aggregation:
 - GRPO: :func:`ppo_clip`, ``sequence-mean``, with ``advantages.group_normalized``.
 - Dr. GRPO: the same, ``fixed-length``, and the advantages' scale ``none``.
 - DAPO: the same as GRPO, ``token-mean`` and ``epsilon_high=0.28``.
+- Lite PPO: :func:`ppo_clip`, ``token-mean``, with ``group_normalized`` of scale ``batch``.
+- DCPO: :func:`ppo_clip` with :func:`dynamic_bounds`.
 - GSPO, CISPO, PMD, DRO: the functions of these names.
 """
 
@@ -77,6 +79,8 @@ def ppo_clip(
     epsilon: float = 0.2,
     epsilon_high: float | None = None,
     delta: float | None = None,
+    dynamic: bool = False,
+    log_ratio_limit: float | None = None,
     aggregation: Aggregation = "token-mean",
     length: int | None = None,
 ) -> LossTerms:
@@ -97,7 +101,13 @@ def ppo_clip(
         Ratios above ``1 + epsilon_high`` are clipped where it is positive. By default ``epsilon``.
     delta : float, optional
         Ratios above it are clipped whatever the advantage is, so that the loss of a token with a
-        negative advantage is bounded too. Above ``1 + epsilon_high``.
+        negative advantage is bounded too (dual clip: Ye et al., "Mastering Complex Control in MOBA
+        Games with Deep Reinforcement Learning", equation 5). Above ``1 + epsilon_high``.
+    dynamic : bool
+        The bounds are :func:`dynamic_bounds`, with the same numbers.
+    log_ratio_limit : float, optional
+        Log-ratios are clipped to this size before they become ratios, so that a token far beyond
+        has no gradient whatever its advantage is (StableReinforce). Positive.
 
     Returns
     -------
@@ -116,15 +126,90 @@ def ppo_clip(
     low, high = _bounds(epsilon, epsilon_high)
     if delta is not None and not high < delta < math.inf:
         raise ValueError(f"delta is {delta}: it must be finite and above 1 + epsilon_high = {high}")
-    ratio = exponential(logps - old_logps)
-    losses = clipped_surrogate(ratio if delta is None else ratio.clamp(max=delta), gains, low, high)
-    total, count = aggregate(losses, mask, aggregation, length)
-    metrics = {
-        **_clip_shares(ratio, gains, low, high, mask, "token-mean"),
+    log_ratio = logps - old_logps
+    metrics = {}
+    if log_ratio_limit is not None:
+        _positive("log_ratio_limit", log_ratio_limit)
+        metrics["clip_ratio/log_ratio"] = _mean(log_ratio.abs() > log_ratio_limit, mask)
+        log_ratio = log_ratio.clamp(-log_ratio_limit, log_ratio_limit)
+    ratio = exponential(log_ratio)
+    below, above = (ratio.new_tensor(bound) for bound in (low, high))
+    if dynamic:
+        below, above = dynamic_bounds(old_logps, epsilon, epsilon_high)
+    if delta is not None:
+        metrics["clip_ratio/delta"] = _mean((ratio > delta) & (gains < 0), mask)
+    kept = ratio if delta is None else ratio.clamp(max=delta)
+    total, count = aggregate(
+        clipped_surrogate(kept, gains, below, above), mask, aggregation, length
+    )
+    metrics |= {
+        **_clip_shares(ratio, gains, below, above, mask, "token-mean"),
         "ratio": _mean(ratio, mask),
         **_off_policy(logps, old_logps, gains, mask),
     }
     return LossTerms(total, count, metrics)
+
+
+def dynamic_bounds(
+    old_logps: Tensor,
+    epsilon: float,
+    epsilon_high: float | None = None,
+    *,
+    highest: float = 10.0,
+) -> tuple[Tensor, Tensor]:
+    """Ratios that a token may have, wider the less probable it was.
+
+    ``1/2 + 1/2 sqrt(max(1 - 4 epsilon / q, 0))`` and ``1/2 + 1/2 sqrt(1 + 4 epsilon_high / q)``,
+    with ``q`` the probability under the behaviour policy: where ``|(r - 1) r q|`` is ``epsilon``.
+    DCPO, dynamic adaptive clipping; its defaults are 0.16 and 0.2.
+
+    Parameters
+    ----------
+    old_logps : Tensor
+        ``(...)``: log-probabilities under the behaviour policy.
+    epsilon, epsilon_high : float
+        Positive; ``epsilon_high`` is ``epsilon`` by default.
+    highest : float
+        No ratio above it is allowed.
+
+    Returns
+    -------
+    tuple of Tensor
+        ``(...)`` each: lowest and highest ratio that is not clipped.
+    """
+    _bounds(epsilon, epsilon_high)
+    above = epsilon if epsilon_high is None else epsilon_high
+    inverse = exponential(-old_logps.detach())
+    low = 0.5 + 0.5 * (1.0 - 4.0 * epsilon * inverse).clamp(min=0.0).sqrt()
+    high = 0.5 + 0.5 * (1.0 + 4.0 * above * inverse).sqrt()
+    return low, high.clamp(max=highest)
+
+
+def off_policy_sequences(
+    logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor, *, threshold: float
+) -> Tensor:
+    """Sequences of negative advantage that the policy has left further behind than ``threshold``.
+
+    "DeepSeek-V3.2", equation 9, the off-policy sequence mask: ``A < 0`` and a mean of
+    ``log pi_old - log pi`` over the counted tokens above the threshold. As in TRL they are to count
+    in the normaliser, but not to learn.
+
+    Parameters
+    ----------
+    logps, old_logps, advantages, mask : Tensor
+        ``(batch, time)``, as in :func:`ppo_clip`.
+    threshold : float
+        In nats a token. Positive.
+
+    Returns
+    -------
+    Tensor
+        ``(batch, time)``, bool: the tokens that are not to learn.
+    """
+    _positive("threshold", threshold)
+    (logps, old_logps), gains = _tokens(advantages, mask, logps=logps, old_logps=old_logps)
+    behind = (old_logps - logps.detach()).sum(-1) / mask.sum(-1).clamp(min=1)
+    return (gains < 0) & (behind > threshold).unsqueeze(-1)
 
 
 def gspo(
@@ -377,7 +462,12 @@ def _mean(values: Tensor, mask: Tensor, over: Aggregation = "token-mean") -> Ten
 
 
 def _clip_shares(
-    ratio: Tensor, advantages: Tensor, low: float, high: float, mask: Tensor, over: Aggregation
+    ratio: Tensor,
+    advantages: Tensor,
+    low: float | Tensor,
+    high: float | Tensor,
+    mask: Tensor,
+    over: Aggregation,
 ) -> dict[str, Tensor]:
     is_low = (ratio < low) & (advantages < 0)
     is_high = (ratio > high) & (advantages > 0)
