@@ -313,3 +313,17 @@ def test_bad_vocabularies_name_themselves():
         for empty in (torch.tensor(1.0), torch.ones(2, 0)):
             with pytest.raises(ValueError, match=f"{name} has shape"):
                 call(empty)
+
+
+def test_a_floor_holds_only_for_groups_that_are_almost_alike():
+    rewards = torch.tensor([0.0, 0.0, 0.0, 0.1, 0.0, 1.0, 0.0, 1.0], dtype=torch.float64)
+    found = group_normalized(rewards, 4, floor=0.2).view(2, 4)
+    plain = group_normalized(rewards, 4).view(2, 4)
+    centred = rewards[:4] - rewards[:4].mean()
+    torch.testing.assert_close(found[0], centred / (0.2 + 1e-4))
+    assert torch.equal(found[1], plain[1])
+    assert torch.equal(group_normalized(rewards, 4, floor=0.0).view(2, 4), plain)
+    with pytest.raises(ValueError, match="floor"):
+        group_normalized(rewards, 4, floor=-1.0)
+    with pytest.raises(ValueError, match="floor"):
+        group_normalized(rewards, 4, scale="batch", floor=0.1)

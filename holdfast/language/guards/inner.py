@@ -129,8 +129,8 @@ def inner_loop(
             f"steps is {steps} and sufficient {sufficient}: they must be at least 1 and in (0, 1)"
         )
     value = surrogate()
-    surrogates = [float(value)]
-    objectives = [] if objective is None else [float(objective())]
+    surrogates = [value.item()]
+    objectives = [] if objective is None else [objective().item()]
     for _ in range(steps):
         gradient = torch.autograd.grad(value, list(parameters))
         square = math.fsum(float(part.square().sum()) for part in gradient)
@@ -140,20 +140,20 @@ def inner_loop(
         while True:
             _move(parameters, start, gradient, -step_size)
             value = surrogate()
-            if float(value) <= surrogates[-1] - sufficient * step_size * square:
+            if value.item() <= surrogates[-1] - sufficient * step_size * square:
                 break
             step_size *= 0.9
             if step_size * math.sqrt(square) < torch.finfo(start[0].dtype).tiny:
                 _move(parameters, start, gradient, 0.0)
                 return InnerSteps(surrogates, objectives, "no descent")
         if objective is not None:
-            found = float(objective())
-            bound = objectives[0] + float(value) - surrogates[0]
+            found = objective().item()
+            bound = objectives[0] + value.item() - surrogates[0]
             if found > bound + 1e-9 * max(abs(found), abs(bound)):
                 _move(parameters, start, gradient, 0.0)
                 return InnerSteps(surrogates, objectives, "not majorised")
             objectives.append(found)
-        surrogates.append(float(value))
+        surrogates.append(value.item())
         step_size *= 1.8
     return InnerSteps(surrogates, objectives, "steps")
 

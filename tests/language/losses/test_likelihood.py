@@ -147,3 +147,23 @@ def test_bad_arguments_name_themselves():
         nll(logits, labels, aggregation="mean")
     with pytest.raises(ValueError, match="length is None"):
         nll(logits, labels, aggregation="fixed-length")
+
+
+@pytest.mark.parametrize("weighting", ["dft", "chord"])
+def test_a_weighting_is_a_constant_of_the_probability(weighting):
+    logits, labels = draw(0)
+    mask = labels != IGNORED
+    logps = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)[mask]
+    weights = logps.detach().exp()
+    if weighting == "chord":
+        weights = weights * (1 - weights)
+    terms = nll(logits, labels, weighting=weighting)
+    expected = -(weights * logps).sum()
+    torch.testing.assert_close(terms.total, expected)
+    assert terms.count == mask.sum()
+    (one,), (other,) = (torch.autograd.grad(x, logits) for x in (terms.total, expected))
+    torch.testing.assert_close(one, other)
+    plain = nll(logits, labels)
+    torch.testing.assert_close(terms.metrics, plain.metrics)
+    with pytest.raises(ValueError, match="weighting"):
+        nll(logits, labels, weighting="none")

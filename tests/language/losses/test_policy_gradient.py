@@ -17,6 +17,7 @@ from holdfast.language.losses import (
     reinforce,
     value_loss,
 )
+from holdfast.language.losses.policy_gradient import dynamic_bounds, off_policy_sequences
 
 NAN = math.nan
 seeds = st.integers(0, 2**31)
@@ -40,6 +41,8 @@ LOSSES = {
     "ppo_clip, asymmetric": partial(ppo_clip, epsilon=0.3, epsilon_high=0.1, delta=1.5),
     "ppo_clip, sequence-mean": partial(ppo_clip, aggregation="sequence-mean"),
     "ppo_clip, fixed-length": partial(ppo_clip, aggregation="fixed-length", length=9),
+    "ppo_clip, dynamic": partial(ppo_clip, epsilon=0.16, epsilon_high=0.2, dynamic=True),
+    "ppo_clip, log-ratios": partial(ppo_clip, epsilon=2.0, log_ratio_limit=0.4),
     "gspo": partial(gspo, epsilon=0.1, epsilon_high=0.15),
     "gspo, token-mean": partial(gspo, epsilon=0.1, epsilon_high=0.15, aggregation="token-mean"),
     "cispo": partial(cispo, epsilon_high=1.3),
@@ -108,6 +111,55 @@ def test_clipping_worked_example():
     torch.testing.assert_close(slope, expected)
     slope = gradient(partial(ppo_clip, delta=1.5), logps, *known)
     torch.testing.assert_close(slope, expected * torch.tensor([[1, 1, 1], [1, 1, 0]]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, st.floats(1.25, 4.0))
+def test_a_delta_is_a_dual_clip(seed, delta):
+    """A > 0: min(r A, clip(r) A). A < 0: max of that and delta A."""
+    logps, old, advantages, mask = draw(seed, per_token=True)
+    ratio = (logps - old).exp()
+    clipped = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    dual = torch.where(advantages < 0, torch.maximum(clipped, delta * advantages), clipped)
+    terms = ppo_clip(logps, old, advantages, mask, delta=delta)
+    torch.testing.assert_close(terms.total, -dual[mask].sum())
+    bounded = ((ratio > delta) & (advantages < 0) & mask).sum()
+    assert terms.metrics["clip_ratio/delta"].tolist() == [bounded, mask.sum()]
+
+
+def test_dynamic_bounds_are_wider_the_less_probable_a_token_was():
+    probabilities = torch.tensor([0.9, 0.01, 1e-12], dtype=torch.float64)
+    low, high = dynamic_bounds(probabilities.log(), 0.16, 0.2)
+    expected = [[0.769, 0.5, 0.5], [1.187, 5.0, 10.0]]
+    torch.testing.assert_close(
+        torch.stack([low, high]), torch.tensor(expected).double(), rtol=1e-3, atol=0
+    )
+    # Where they are not at their limits, |(r - 1) r q| is epsilon.
+    assert abs((low[0] - 1) * low[0] * 0.9).item() == pytest.approx(0.16)
+    assert ((high[:2] - 1) * high[:2] * probabilities[:2]).tolist() == pytest.approx([0.2, 0.2])
+
+
+def test_log_ratios_beyond_a_limit_have_no_gradient_whatever_the_advantage():
+    logps = ratios([8.0, 8.0, 0.1])
+    known = (torch.zeros_like(logps), torch.tensor([[1.0, -1.0, 1.0]]), torch.ones(1, 3).bool())
+    free = gradient(partial(ppo_clip, epsilon=0.2), logps, *known)
+    held = partial(ppo_clip, epsilon=0.2, log_ratio_limit=math.log(4))
+    torch.testing.assert_close(free, torch.tensor([[0.0, 8.0, -0.1]]).double())
+    assert not gradient(held, logps, *known).any()
+    assert held(logps, *known).metrics["clip_ratio/log_ratio"].tolist() == [3, 3]
+
+
+def test_only_sequences_of_negative_advantage_can_be_left_behind():
+    """Mean log-ratios to the behaviour policy of -1/2, and -1/2 with one more token, and 0."""
+    logps = torch.tensor([[-2.0, -1.0], [-2.0, -1.0], [-1.0, -1.0]])
+    old = torch.tensor([[-1.0, -1.0], [-1.0, -1.0], [-1.0, -1.0]])
+    mask = torch.ones(3, 2).bool()
+    advantages = torch.tensor([-1.0, 1.0, -1.0])
+    found = off_policy_sequences(logps, old, advantages, mask, threshold=0.4)
+    assert found.tolist() == [[True, True], [False, False], [False, False]]
+    assert not off_policy_sequences(logps, old, advantages, mask, threshold=0.6).any()
+    mask[0, 0] = False  # what drifted does not count
+    assert not off_policy_sequences(logps, old, advantages, mask, threshold=0.4).any()
 
 
 def test_sequence_ratio_worked_example():
@@ -370,7 +422,8 @@ def test_a_ratio_beyond_all_measure_keeps_the_loss_and_its_gradient_finite(name,
     assert all(torch.isfinite(value).all() for value in terms.metrics.values())
     if name.startswith(("ppo", "gspo")):
         assert logps.grad[0].item() == 0 and logps.grad[1].item() == 0
-        assert logps.grad[2].item() > 0 or "asymmetric" in name  # delta bounds that one
+        bounded = "asymmetric" in name or "log-ratios" in name  # by its delta, or its limit
+        assert logps.grad[2].item() > 0 or bounded
 
 
 def test_a_divergence_beyond_all_measure_pulls_the_right_way():
