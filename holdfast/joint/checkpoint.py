@@ -63,8 +63,14 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
 
-    def save(self, checkpoint: Checkpoint) -> Path:
+    def save(self, checkpoint: Checkpoint, *, spare: int | None = None) -> Path:
         """Write a checkpoint, then delete the oldest beyond ``keep``.
+
+        Parameters
+        ----------
+        checkpoint : Checkpoint
+        spare : int, optional
+            The step of one that is kept as well, however old.
 
         Raises
         ------
@@ -96,7 +102,7 @@ class Checkpoints:
             ) from error
         # Later ones were passed over as damaged when the run was resumed from an earlier one.
         earlier = [step for step in self.steps() if step < checkpoint.step]
-        kept_steps = {checkpoint.step, *earlier[max(0, len(earlier) - self.keep + 1) :]}
+        kept_steps = {checkpoint.step, spare, *earlier[max(0, len(earlier) - self.keep + 1) :]}
         for step in set(self.steps()) - kept_steps:
             shutil.rmtree(self.folder / f"{_PREFIX}{step:08d}", ignore_errors=True)
         return final
@@ -117,12 +123,19 @@ class Checkpoints:
         damaged: list[str] = []
         for step in reversed(self.steps()):
             try:
-                return self._load(step), damaged
+                return self.load(step), damaged
             except CheckpointError as error:
                 damaged.append(str(error))
         return None, damaged
 
-    def _load(self, step: int) -> Checkpoint:
+    def load(self, step: int) -> Checkpoint:
+        """The checkpoint of a step.
+
+        Raises
+        ------
+        CheckpointError
+            If it is damaged or not there.
+        """
         folder = self.folder / f"{_PREFIX}{step:08d}"
         try:
             listed = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))

@@ -97,8 +97,8 @@ class Recorder:
             text = Text.assemble((f"step {step}", "bold"), f" {event}: {detail}")
             self.console.print(text, soft_wrap=True)
 
-    def save_refused(self, step: int, name: str, rows: Sequence[Row]) -> Path:
-        """Keep the batch of a refused step beside the run."""
+    def save_batch(self, step: int, name: str, rows: Sequence[Row]) -> Path:
+        """Keep the batch of a step that was refused, or at which a tripwire went off."""
         path = self.folder / "refused" / f"step-{step:08d}-{name}.json"
         path.parent.mkdir(exist_ok=True)
         described = [row.to_json() if hasattr(row, "to_json") else repr(row) for row in rows]

@@ -33,8 +33,9 @@ from holdfast.joint.checkpoint import (
 )
 from holdfast.joint.combine import Combiner, WeightedSum
 from holdfast.joint.geometry import Geometry
-from holdfast.joint.guards import ClipNorm
-from holdfast.joint.objective import LossTerms, Objective, Row, Summary
+from holdfast.joint.guards import GradientClip, Guard, Guards, LogRatioBudget, Seen, Trip
+from holdfast.joint.guards.proposed import ProposedGradient, ProposedUpdate
+from holdfast.joint.objective import Along, LossTerms, Objective, Row, Spread, Summary
 from holdfast.joint.processes import keep_process_group
 from holdfast.joint.record import Recorder, peak_memory_bytes
 from holdfast.joint.schedules import Schedule, Watching
@@ -57,14 +58,14 @@ class TrainerOptions:
     lr_scheduler_type, warmup_steps
         As in ``transformers.get_scheduler``.
     max_grad_norm : float, optional
-        ``None``: no clipping.
+        Limit of a :class:`~holdfast.joint.guards.GradientClip`. ``None``: no clipping.
     eval_steps, save_steps : int
         Optimiser steps between evaluations on held-out rows, and between checkpoints.
     early_stopping_patience : int, optional
         Stop after this many evaluations in a row in which no objective's held-out loss fell by more
         than ``early_stopping_threshold`` below its best.
     max_refusals : int
-        How many steps may be refused (non-finite loss or gradient) before training stops.
+        How many steps may be refused (non-finite loss, gradient or update) before training stops.
     seed : int
         Seed of dropout. Sources and schedules have their own.
     """
@@ -97,6 +98,7 @@ class _Progress:
     best: dict[str, float] = field(default_factory=dict)
     evaluated_at: int = -1
     evaluations_without_improvement: int = 0
+    good_step: int | None = None
 
 
 class Trainer:
@@ -119,14 +121,18 @@ class Trainer:
         Only on the main process. ``None``: nothing is recorded.
     checkpoints : Checkpoints, optional
         ``None``: none are written.
+    guards : sequence of Guard
+        Applied in order, each to what those before it left: on the gradient, on the update that
+        the optimiser proposes, and on a turn that is over. A ``GradientClip`` among them takes the
+        place of the one that ``options.max_grad_norm`` asks for.
     fingerprint : str
         Identifies the recipe; a checkpoint of another one is not loaded.
 
     Raises
     ------
     ValueError
-        If the schedule names an objective that is absent, nothing is trainable, or a learning rate
-        fits no parameter.
+        If the schedule names an objective that is absent, nothing is trainable, a learning rate
+        fits no parameter, or a guard does not fit the run.
     """
 
     def __init__(
@@ -140,6 +146,7 @@ class Trainer:
         combiner: Combiner | None = None,
         recorder: Recorder | None = None,
         checkpoints: Checkpoints | None = None,
+        guards: Sequence[Guard] = (),
         fingerprint: str = "",
     ) -> None:
         absent = [name for name in schedule.objectives if name not in objectives]
@@ -155,7 +162,7 @@ class Trainer:
         self.schedule = schedule
         self.options = options
         self.combiner = combiner or WeightedSum()
-        self.guard = ClipNorm(options.max_grad_norm)
+        self.guards = _guards(guards, options)
         self.recorder = recorder
         self.checkpoints = checkpoints
         self.fingerprint = fingerprint
@@ -163,6 +170,7 @@ class Trainer:
         self._probed: dict[str, float] = {}
         self._interrupted: int | None = None
 
+        self._check_guards()
         self._named = [(n, p) for n, p in policy.named_parameters() if p.requires_grad]
         if not self._named:
             raise ValueError("policy has no parameter that requires a gradient")
@@ -200,6 +208,8 @@ class Trainer:
         with _Signals(self):
             if self.step == 0:
                 self._evaluate_once()
+                if self._rolls_back:
+                    self.save()
             # A run that ended here, but was killed before it could say so, ends here again.
             reason = self._out_of_patience()
             while reason is None:
@@ -253,16 +263,22 @@ class Trainer:
             self.schedule.watch(gradients, self._parameters)
         geometry = Geometry.of(gradients) if len(gradients) > 1 else None
         gradient = self.combiner(gradients, turn.weights, geometry)
-        verdict = self.guard(gradient)
-        refused = verdict.refused
+        proposed = ProposedGradient(gradient)
+        grad_norm = proposed.norm
+        refused = None if math.isfinite(grad_norm) else "the gradient is not finite"
         for name, summary in summaries.items():
             # Nothing counted: nothing to learn, and nothing wrong either.
             if summary.count and not math.isfinite(summary.loss):
                 refused = f"the loss of {name} is {summary.loss}"
+        guarded: dict[str, Any] = {}
+        if refused is None:
+            guarded, refused = self.guards.scale("gradient", proposed)
         for parameter, part in zip(self._parameters, gradient, strict=True):
             parameter.grad = part
         if refused is None:
-            self._optimizer.step()
+            of_update, refused = self._update(batches)
+            guarded |= of_update
+        if refused is None:
             for name, summary in summaries.items():
                 seen = self.objectives[name].observed(summary)
                 if seen is not None:
@@ -286,19 +302,68 @@ class Trainer:
                 },
                 gaps=self.schedule.gaps,
                 learning_rate=rates.get(None, next(iter(rates.values()))),
-                grad_norm=verdict.grad_norm,
-                clipped_grad_norm=verdict.clipped_norm,
+                grad_norm=grad_norm,
+                clipped_grad_norm=proposed.norm,
                 seconds=self._progress.seconds,
-                **self._details(geometry, rates),
+                **self._details(geometry, rates, guarded),
             )
             text = "  ".join(f"{name} {summary.loss:.4f}" for name, summary in summaries.items())
             self.recorder.progress(self.step, self.options.max_steps, text)
+        trip = self.guards.watch(Seen(summaries, grad_norm, refused))
         if refused is not None:
             self._refuse(refused, batches)
+        if trip is not None:
+            self._act(trip, batches)
         return True
 
+    def _update(self, batches: Mapping[str, Sequence[Row]]) -> tuple[dict[str, Any], str | None]:
+        """Take the optimiser's step, as far as the guards let it.
+
+        What they record, and why the step was refused, if it was: parameters are then as before,
+        and the optimiser's moments have seen the gradient.
+        """
+        if not self.guards.of("update"):
+            self._optimizer.step()
+            return {}, None
+
+        def radii(along: Along, spread: Spread) -> dict[str, Tensor]:
+            return {name: self._radii(name, rows, along, spread) for name, rows in batches.items()}
+
+        update = ProposedUpdate(self.policy, self._named, radii)
+        self._optimizer.step()
+        update.take()
+        if not math.isfinite(update.norm):
+            update.undo()
+            return {}, "the update is not finite"
+        norm = update.norm
+        records, refused = self.guards.scale("update", update)
+        if refused is None:
+            update.apply()
+        else:
+            update.undo()
+        records["update_norm"] = norm
+        return records, refused
+
+    def _radii(self, name: str, rows: Sequence[Row], along: Along, spread: Spread) -> Tensor:
+        """Of the softmaxes that a batch counts, over all micro-batches and ranks."""
+        objective = self.objectives[name]
+        assert objective.radii is not None
+        shard = rows[self.accelerator.process_index :: self.accelerator.num_processes]
+        training = self.policy.training
+        self.policy.eval()
+        parts = _cut(shard, objective.micro_batch_size)
+        found = torch.cat([objective.radii(along, part, spread) for part in parts])
+        self.policy.train(training)
+        if self.accelerator.num_processes == 1:
+            return found
+        ranks = gather_object([found.cpu()])
+        return torch.cat(ranks).to(found.device)
+
     def _details(
-        self, geometry: Geometry | None, rates: Mapping[str | None, float]
+        self,
+        geometry: Geometry | None,
+        rates: Mapping[str | None, float],
+        guarded: Mapping[str, Any],
     ) -> dict[str, Any]:
         """What only some steps, schedules or options have to record."""
         details: dict[str, Any] = {}
@@ -308,6 +373,8 @@ class Trainer:
             details["estimates"] = self.schedule.estimates
         if self.options.learning_rates:
             details["learning_rates"] = {n: rate for n, rate in rates.items() if n is not None}
+        if self.guards.of("update"):
+            details["guards"] = dict(guarded)
         return details
 
     def _gradient(
@@ -341,12 +408,8 @@ class Trainer:
 
     def _refuse(self, reason: str, batches: Mapping[str, Sequence[Row]]) -> None:
         self._progress.refusals += 1
-        saved = ""
+        saved = self._save_batches(batches)
         if self.recorder is not None:
-            paths = [
-                self.recorder.save_refused(self.step, name, rows) for name, rows in batches.items()
-            ]
-            saved = f"; its batch is in {', '.join(str(path) for path in paths)}"
             self.recorder.event(self.step, "refused", f"{reason}{saved}")
         if self._progress.refusals > self.options.max_refusals:
             raise TrainingError(
@@ -354,6 +417,71 @@ class Trainer:
                 f"refused, more than max_refusals={self.options.max_refusals}. The last one: "
                 f"{reason}{saved}. Lower the learning rate, or look at the batch."
             )
+
+    def _save_batches(self, batches: Mapping[str, Sequence[Row]]) -> str:
+        """Where they are now, as the end of a sentence."""
+        if self.recorder is None:
+            return ""
+        paths = [self.recorder.save_batch(self.step, name, rows) for name, rows in batches.items()]
+        return f"; its batch is in {', '.join(str(path) for path in paths)}"
+
+    # Guards of turns ------------------------------------------------------------------------------
+
+    @property
+    def _rolls_back(self) -> bool:
+        wires = self.guards.tripwires
+        return wires is not None and wires.then == "roll_back"
+
+    def _check_guards(self) -> None:
+        if self._rolls_back and self.checkpoints is None:
+            raise ValueError("tripwires are to roll back, but no checkpoints are kept")
+        for name in self.schedule.objectives:
+            for guard in self.guards.of("update"):
+                if isinstance(guard, LogRatioBudget) and self.objectives[name].radii is None:
+                    raise ValueError(
+                        f"{guard.name} bounds the change of log-probabilities, but objective "
+                        f"{name!r} does not say what its softmaxes are. Use update_norm_cap."
+                    )
+
+    def _act(self, trip: Trip, batches: Mapping[str, Sequence[Row]]) -> None:
+        reason = f"{trip.reason}{self._save_batches(batches)}"
+        done = "the run stops here"
+        if trip.then == "reduce":
+            self._scale_rates(trip.rate_factor)
+            done = f"learning rates are multiplied by {trip.rate_factor:g}"
+        elif trip.then == "roll_back":
+            good = self._roll_back(trip.rate_factor)
+            done = f"back to step {good}; learning rates are multiplied by {trip.rate_factor:g}"
+        if self.recorder is not None:
+            self.recorder.event(self.step, "tripwire", f"{reason}. {done}")
+        if trip.then == "stop":
+            raise TrainingError(
+                f"training stopped at step {self.step} by a tripwire: {reason}. The checkpoints "
+                "are from before. Lower the learning rate, or look at the batch."
+            )
+        if trip.then == "roll_back":
+            # A kill from now on must not bring back what was undone.
+            self.save()
+
+    def _roll_back(self, factor: float) -> int:
+        """Put back all but the count of steps; returns the step of the checkpoint."""
+        now = self._progress
+        assert self.checkpoints is not None and now.good_step is not None
+        checkpoint = self.checkpoints.load(now.good_step)
+        self._restore_training(checkpoint)
+        self.guards.roll_back(checkpoint.state["guards"])
+        # Refusals of the stretch that was undone are undone as well.
+        now.refusals = checkpoint.state["progress"]["refusals"]
+        self._scale_rates(factor)
+        return checkpoint.step
+
+    def _scale_rates(self, factor: float) -> None:
+        """Multiply all learning rates, those to come as well."""
+        self._lr.base_lrs = [rate * factor for rate in self._lr.base_lrs]
+        self._lr._last_lr = [rate * factor for rate in self._lr._last_lr]
+        groups = self._optimizer_plain.param_groups
+        for group, rate in zip(groups, self._lr._last_lr, strict=True):
+            group["lr"] = rate
 
     def _seed_dropout(self) -> None:
         # Dropout draws from torch's global generator. Its seed is a function of the step, so that
@@ -443,9 +571,11 @@ class Trainer:
         """Write a checkpoint, if this run keeps any."""
         if self.checkpoints is None:
             return
+        progress = self._progress
+        if self._rolls_back and self.guards.quiet:
+            progress.good_step = self.step
         if self.accelerator.is_main_process:
             tensors, packed = pack_optimizer(self._optimizer_plain)
-            progress = self._progress
             sources, rows = separate(
                 {name: objective.source.state_dict() for name, objective in self.objectives.items()}
             )
@@ -457,12 +587,13 @@ class Trainer:
                 "lr_scheduler": self._lr.state_dict(),
                 "schedule": schedule,
                 "combiner": self.combiner.state_dict(),
+                "guards": self.guards.state_dict(),
                 "sources": sources,
             }
             policy = {**dict(self._named), **_persistent_buffers(self.policy)}
             groups = {"policy": policy, "optimizer": tensors}
             groups |= {n: t for n, t in (("sources", rows), ("schedule", watched)) if t}
-            self.checkpoints.save(Checkpoint(self.step, groups, state))
+            self.checkpoints.save(Checkpoint(self.step, groups, state), spare=progress.good_step)
             if self.recorder is not None:
                 self.recorder.describe(
                     seconds=progress.seconds, peak_memory_bytes=peak_memory_bytes()
@@ -505,6 +636,14 @@ class Trainer:
                 f"the checkpoint of step {checkpoint.step} was written with another recipe, other "
                 "data or another initial model. Put them back as they were, or start a new run."
             )
+        self._restore_training(checkpoint)
+        self.guards.load_state_dict(state.get("guards", {}))
+        self._lr.load_state_dict(state["lr_scheduler"])
+        self._progress = _Progress(**state["progress"])
+
+    def _restore_training(self, checkpoint: Checkpoint) -> None:
+        """All but guards, learning rates and progress."""
+        state = checkpoint.state
         here = {**dict(self._named), **_persistent_buffers(self.policy)}
         saved = checkpoint.tensors["policy"]
         if set(here) != set(saved):
@@ -513,14 +652,12 @@ class Trainer:
             for name, tensor in here.items():
                 tensor.copy_(saved[name])
         unpack_optimizer(self._optimizer_plain, checkpoint.tensors["optimizer"], state["optimizer"])
-        self._lr.load_state_dict(state["lr_scheduler"])
         watched = checkpoint.tensors.get("schedule", {})
         self.schedule.load_state_dict(reunite(state["schedule"], watched))
         self.combiner.load_state_dict(state.get("combiner", {}))
         sources = reunite(state["sources"], checkpoint.tensors.get("sources", {}))
         for name, source_state in sources.items():
             self.objectives[name].source.load_state_dict(source_state)
-        self._progress = _Progress(**state["progress"])
 
 
 class _Sums:
@@ -599,6 +736,14 @@ def _adamw(
         fused=True,
     )
     return optimizer, [entry for entry, _ in groups]
+
+
+def _guards(guards: Sequence[Guard], options: TrainerOptions) -> Guards:
+    """Those given, and the clip of the options unless there is one among them."""
+    given = any(isinstance(guard, GradientClip) for guard in guards)
+    if given or options.max_grad_norm is None:
+        return Guards(guards)
+    return Guards([GradientClip(options.max_grad_norm), *guards])
 
 
 def check_learning_rates(policy: nn.Module, options: TrainerOptions) -> None:
