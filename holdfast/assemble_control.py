@@ -74,6 +74,13 @@ def assemble_control(
         that does not train this kind of policy.
     """
     assert isinstance(recipe.policy, schema.ControlSpec)
+    for name, objective in recipe.objectives.items():
+        assert isinstance(objective, schema.CloningSpec | schema.ControlRlSpec)
+        if objective.batch_size < accelerator.num_processes:
+            raise RecipeError(
+                f"objectives.{name}.batch_size is {objective.batch_size}, but there are "
+                f"{accelerator.num_processes} processes: each needs at least one row of a batch"
+            )
     seed = recipe.training.seed
     acting = {n: s for n, s in recipe.objectives.items() if isinstance(s, schema.ControlRlSpec)}
     data = {name: getattr(spec, "data", None) for name, spec in recipe.objectives.items()}

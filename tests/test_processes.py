@@ -9,9 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers.prompts import on_policy_values, write_on_policy
 from helpers.tiny import write_recipe
 from safetensors.torch import load_file
+
+from holdfast.control.demonstrations import record, write_demonstrations
+from holdfast.control.environments import (
+    EnvironmentOptions,
+    make_environments,
+    scripted_expert,
+)
 
 SCRIPT = Path(__file__).parent / "helpers" / "gradients.py"
 
@@ -68,6 +76,44 @@ def test_two_processes_share_the_generation_and_give_the_gradients_of_one(tmp_pa
     for key, expected in one.items():
         if not key.startswith("after/"):
             torch.testing.assert_close(two[key], expected, rtol=1e-3, atol=1e-5, msg=key)
+
+
+def test_two_processes_share_updates_and_episodes_of_a_robot_policy(tmp_path):
+    """Every process makes the same rollouts; rows of a batch and evaluation episodes are shared."""
+    world = {"name": "holdfast/point-mass", "count": 4, "sparse": True}
+    observed = make_environments(world["name"], 4, options=EnvironmentOptions(sparse=True))
+    found = record(scripted_expert(world["name"]), observed, 3, seed=1)
+    write_demonstrations(found, tmp_path / "demos.npz")
+    rollouts = {"steps": 8, "batch_size": 15, "epochs": 2, "critic_warmup": 0, "episodes": 5}
+    values = {
+        "name": "robot",
+        "policy": {"kind": "gaussian", "horizon": 4, "hidden": [16], "critic": {"hidden": [16]}},
+        "objectives": {
+            "il": {
+                "kind": "cloning",
+                "data": {"path": "demos.npz", "held_out": 1},
+                "batch_size": 31,
+            },
+            "rl": {"kind": "control_ppo", "environment": world, **rollouts},
+        },
+        "schedule": {
+            "kind": "interleave",
+            "first": "il",
+            "second": "rl",
+            "ratio": 2,
+            "combine": True,
+        },
+        "combiner": {"method": "upgrad", "scale": "match"},
+        "training": {"max_steps": 8},
+    }
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(values))
+    one, two = gradients(tmp_path, recipe, 1), gradients(tmp_path, recipe, 2)
+    assert (one.pop("world").item(), two.pop("world").item()) == (1, 2)
+    assert one.keys() == two.keys() and one["rl/held_out"].tolist()[1] == 5
+    for key, expected in one.items():
+        atol = 1e-4 if key.startswith("after/") else 2e-5
+        torch.testing.assert_close(two[key], expected, rtol=1e-3, atol=atol, msg=key)
 
 
 @pytest.mark.parametrize("micro", [None, 1])
