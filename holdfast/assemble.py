@@ -33,6 +33,7 @@ from holdfast.language.data import (
     split_rows,
 )
 from holdfast.language.data import texts as texts_of
+from holdfast.language.guards.directional import SoftmaxRadii
 from holdfast.language.model import PRESETS, LanguagePolicy, load_policy, load_tokenizer
 from holdfast.language.objectives import Dpo, Nll
 from holdfast.language.reference import with_reference
@@ -196,6 +197,9 @@ def assemble(
             optimum=spec.optimum if isinstance(spec.optimum, float) else None,
             micro_batch_size=spec.micro_batch_size or spec.batch_size,
         )
+    for name, spec in recipe.objectives.items():
+        temperature = spec.temperature if isinstance(spec, OnPolicySpec) else 1.0
+        objectives[name].radii = SoftmaxRadii(policy.pad_id, temperature)
     return _assembled(recipe, policy, objectives, digests)
 
 
@@ -217,6 +221,9 @@ def alone(recipe: Recipe, name: str) -> Recipe:
     steps = recipe.training.max_steps
     values["schedule"] = {"kind": "sequential", "stages": [{"objective": name, "steps": steps}]}
     values["training"]["report_to"] = []
+    # What tripwires are on may be another objective's; a run that goes well never feels them.
+    guards = [entry for entry in values["training"]["guards"] if entry["kind"] != "tripwires"]
+    values["training"]["guards"] = guards
     values["combiner"] = None
     values.update(name=f"{recipe.name}-{name}-alone", output=None)
     return Recipe.model_validate(values)
@@ -255,7 +262,7 @@ def build_trainer(
         If an entry of ``training.learning_rates`` fits no trainable parameter.
     """
     training = recipe.training.model_dump()
-    own = ("bf16", "gradient_checkpointing", "save_total_limit", "report_to")
+    own = ("bf16", "gradient_checkpointing", "save_total_limit", "report_to", "guards")
     keep = training["save_total_limit"]
     for entry in own:
         training.pop(entry)
@@ -278,6 +285,7 @@ def build_trainer(
         combiner=recipe.combiner.combiner() if recipe.combiner else None,
         recorder=recorder,
         checkpoints=Checkpoints(folder / "checkpoints", keep),
+        guards=[spec.guard() for spec in recipe.training.guards],
         fingerprint=assembly.fingerprint,
     )
 

@@ -181,7 +181,7 @@ def _curvature(
                 "curvature_mask.optimizer adam follows the gradient of the output layer, which is "
                 "not trained here: use sgd"
             )
-        guard.rows = RowMoments(len(head.weight))
+        guard.rows = RowMoments(*head.weight.shape)
         guard.gradient = lambda: policy.head().weight.grad
     return guard
 

@@ -185,7 +185,7 @@ def compare(
 
 @app.command("list", epilog="Example:  holdfast list")
 def list_() -> None:
-    """Show the recipes, policies, objectives and schedules that there are."""
+    """Show the recipes, policies, objectives, schedules and guards that there are."""
     import yaml
 
     from holdfast import schema
@@ -209,6 +209,7 @@ def list_() -> None:
         ),
         ("objective", schema.kinds(schema.AnyObjective)),
         ("schedule", schema.kinds(schema.AnySchedule)),
+        ("guard", schema.kinds(schema.AnyGuard)),
     ):
         for spec in known:
             kinds.add_row(part, ", ".join(schema.names_of(spec)), spec.__doc__)

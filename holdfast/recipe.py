@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from holdfast.errors import RecipeError, nearest
 from holdfast.schema import (
+    AnyGuard,
     AnyObjective,
     AnySchedule,
     LanguagePolicySpec,
@@ -265,7 +266,12 @@ _TAGS = {
     "residual",
     "saved",
     "soft_q",
-} | {name for spec in (*kinds(AnyObjective), *kinds(AnySchedule)) for name in names_of(spec)}
+} | {
+    name
+    for union in (AnyObjective, AnySchedule, AnyGuard)
+    for spec in kinds(union)
+    for name in names_of(spec)
+}
 
 _SHAPES = {
     "model_type": "a mapping of entries",

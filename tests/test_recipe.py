@@ -147,6 +147,7 @@ OTHER_TEXT = {
     "policy.dtype": "bfloat16",
     "policy.lora.target_modules": "q_proj",
     "objectives.dpo.loss_type": "hinge",
+    "objectives.sft.loss_type": "dft",
     "objectives.sft.aggregation": "sequence-sum",
     "objectives.sft.data.bad_rows": "drop",
     "objectives.dpo.data.bad_rows": "drop",
@@ -164,6 +165,7 @@ FIXED = {  # Their other values need other entries beside them.
     "schedule.weights.sft",
     "schedule.weights.dpo",
     "combiner.priority",
+    "training.guards",
 }
 
 
@@ -232,6 +234,7 @@ def test_the_fingerprint_changes_with_everything_but_names_and_places(path):
         {"schedule": {"kind": "maxright", "weights": {"sft": 0.4, "dpo": 0.6}}},
         {"policy__tokenizer": {"kind": "bytes"}},
         {"objectives__sft__kind": "dpo"},
+        {"training__guards": [{"kind": "update_norm_cap", "limit": 1.0}]},
     ],
 )
 def test_the_fingerprint_changes_with_kinds_and_weights(change):

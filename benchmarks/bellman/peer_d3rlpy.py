@@ -16,12 +16,14 @@ from benchmarks.bellman.race import (
     ROWS,
     UPDATES,
     report_blocks,
+    standard_output,
 )
 
 CONFIGS = {"DQN": d3rlpy.algos.DQNConfig, "CQL": d3rlpy.algos.DiscreteCQLConfig}
 
 
 def main() -> None:
+    report = standard_output()
     torch.set_num_threads(1)
     side, batch = sys.argv[1], int(sys.argv[2])
     random = np.random.default_rng(0)
@@ -52,7 +54,7 @@ def main() -> None:
         for _ in range(UPDATES):
             learner.update(fixed)
 
-    report_blocks({"sampled": sampled, "alone": alone})
+    report_blocks(report, {"sampled": sampled, "alone": alone})
 
 
 if __name__ == "__main__":

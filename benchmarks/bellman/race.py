@@ -51,11 +51,15 @@ class Worker:
         self._process.wait()
 
 
-def report_blocks(blocks: dict[str, Any]) -> None:
-    """Time each of ``blocks``, name to callable, whenever a line comes; a process's whole life."""
-    # Libraries print. What they print goes to standard error, the times elsewhere.
+def standard_output() -> IO[str]:
+    """Standard output for what is reported; whatever libraries print goes to standard error."""
     report = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    return report
+
+
+def report_blocks(report: IO[str], blocks: dict[str, Any]) -> None:
+    """Time each of ``blocks``, name to callable, whenever a line comes; a process's whole life."""
     while sys.stdin.readline():
         times = {}
         for name, block in blocks.items():

@@ -15,6 +15,7 @@ from benchmarks.bellman.race import (
     ROWS,
     UPDATES,
     report_blocks,
+    standard_output,
 )
 from holdfast.bellman import Constant, Networks, SaddleProblem, Sgda, Transitions, mlp
 from holdfast.bellman.problem import Batch
@@ -22,6 +23,7 @@ from holdfast.bellman.sgda import descend_ascend
 
 
 def main() -> None:
+    report = standard_output()
     torch.set_num_threads(1)
     random = np.random.default_rng(0)
     data = Transitions(
@@ -43,7 +45,7 @@ def main() -> None:
         found = descend_ascend(problem, rows, settings, start=place)
         place = found.primal[0], found.dual[0]
 
-    report_blocks({"sampled": block})
+    report_blocks(report, {"sampled": block})
 
 
 if __name__ == "__main__":

@@ -114,27 +114,46 @@ class Models:
         """Least real part of an eigenvalue, ``(models,)``: the saddle repels if negative."""
         return least_real_part(self.jacobian(ratio))
 
+    def distance(self, w: Array, v: Array) -> Array:
+        """``|w - w*| + |v - v*|``, ``(models,)``, infinite where it is no number."""
+        apart = np.linalg.norm(w - self.w, axis=1) + np.linalg.norm(v - self.v, axis=1)
+        return np.where(np.isfinite(apart), apart, np.inf)
+
     def descend(
-        self, start: tuple[Array, Array], ratio: float, step: float, steps: int, keep: Sequence[int]
+        self,
+        start: tuple[Array, Array],
+        ratio: float,
+        step: float,
+        keep: Sequence[int],
+        *,
+        ball: float | None = None,
     ) -> Array:
         """Full-gradient descent-ascent; distances to the saddle after ``keep`` steps.
+
+        With ``ball``, both tables are projected onto the ball around 0 whose radius is that many
+        times the norm of the saddle's.
 
         Returns
         -------
         Array
-            ``(keep, models)``: ``|w - w*| + |v - v*|``, infinite once gone.
+            ``(keep, models)``.
         """
         w, v = start
-        goal, distances = (self.w, self.v), []
+        radii = [ball and ball * np.linalg.norm(x, axis=1, keepdims=True) for x in (self.w, self.v)]
+        distances = []
         with np.errstate(all="ignore"):
-            for t in range(1, steps + 1):
+            for t in range(1, max(keep) + 1):
                 down, up = self.gradients(w, v)
                 w, v = w - step * down, v + step * ratio * up
+                if ball is not None:
+                    w, v = (_projected(x, r) for x, r in zip((w, v), radii, strict=True))
                 if t in keep:
-                    pairs = zip((w, v), goal, strict=True)
-                    apart = sum(np.linalg.norm(x - y, axis=1) for x, y in pairs)
-                    distances.append(np.where(np.isfinite(apart), apart, np.inf))
+                    distances.append(self.distance(w, v))
         return np.array(distances)
+
+
+def _projected(table: Array, radius: Array) -> Array:
+    return table * np.minimum(1.0, radius / np.linalg.norm(table, axis=1, keepdims=True))
 
 
 def least_real_part(matrices: Array) -> Array:

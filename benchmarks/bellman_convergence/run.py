@@ -35,7 +35,9 @@ FAMILIES = {"plain": 200, "sharp": 100, "sparse": 100, "skewed": 100, "all": 100
 FUNNELS = (4, 10, 40, 100)
 SEARCHED = 4000
 SEARCH_RATIOS = (0.5, 0.9, 0.99, 1.0, 1.1, 1.5, 3.0, 10.0, 100.0)
-FLOWS = {"models": 20, "step": 1.0, "steps": 30_000}
+FLOWS = {"models": 50, "step": 0.25, "steps": 80_000, "steps_from_0": 20_000}
+BALL = 2.0
+"""Radius of the projection, in norms of the saddle."""
 RATES = {0.5: 50_000, 0.8: 100_000, 0.9: 100_000, 0.95: 100_000, 0.99: 100_000}
 """Steps of the runs with single samples, by discount."""
 OWN = {"1": (0.5, 0.8), "1/b^2": tuple(RATES)}
@@ -111,9 +113,9 @@ def flow(discount: float, ratio: float, step: float) -> dict[str, Any]:
     steps = int(FLOWS["steps"] * FLOWS["step"] / step)
     keep = sorted({int(t) for t in np.geomspace(10, steps, 24)})
     start = (models.w + noise[0], models.v + noise[1])
-    distances = models.descend(start, ratio, step, steps, keep)
+    distances = models.descend(start, ratio, step, keep)
     margins = models.margins(ratio)
-    first = np.linalg.norm(noise[0], axis=1) + np.linalg.norm(noise[1], axis=1)
+    first = models.distance(*start)
     farther = distances[-1] > first
     with np.errstate(all="ignore"):
         rate = np.log(distances[-2] / distances[-1]) / (step * (keep[-1] - keep[-2]))
@@ -129,6 +131,29 @@ def flow(discount: float, ratio: float, step: float) -> dict[str, Any]:
     }
 
 
+def from_zero(discount: float) -> dict[str, Any]:
+    """Full gradients from 0: share of models that end farther than twice the start, by ratio.
+
+    ``projected``: share that do not end within a tenth of the start, on a ball.
+    """
+    models = dynamics.draw(FLOWS["models"], 5, 3, discount)
+    zero = np.zeros_like(models.w)
+    first = models.distance(zero, zero)
+    settings = {"step": FLOWS["step"], "keep": [FLOWS["steps_from_0"]]}
+    ratios = {f"{ratio:g}": ratio for ratio in RATIOS} | {"1/b^2": discount**-2}
+
+    def end(ratio: float, ball: float | None = None) -> dynamics.Array:
+        return models.descend((zero, zero), ratio, ball=ball, **settings)[0] / first
+
+    return {
+        "gone": {name: float((end(ratio) > 2.0).mean()) for name, ratio in ratios.items()},
+        "median_left": float(f"{np.median(end(discount**-2)):.3g}"),
+        "projected": {
+            name: float((end(ratios[name], BALL) > 0.1).mean()) for name in ("1", "1/b^2")
+        },
+    }
+
+
 def jobs() -> dict[str, Callable[[], Any]]:
     """Every cell by its key, cheap ones first."""
     every: dict[str, Callable[[], Any]] = {}
@@ -138,11 +163,15 @@ def jobs() -> dict[str, Callable[[], Any]]:
     for discount in DISCOUNTS:
         every[f"funnel | {discount:g}"] = partial(critical, discount)
         every[f"margins | {discount:g}"] = partial(margins, discount)
+        every[f"from 0 | {discount:g}"] = partial(from_zero, discount)
     every["search"] = partial(search, SEARCHED)
     for discount in RATES:
         for name, ratio in named_ratios(discount).items():
             every[f"flow | {discount:g} | {name}"] = partial(flow, discount, ratio, FLOWS["step"])
     every["flow, a tenth of the step | 0.95 | 1"] = partial(flow, 0.95, 1.0, 0.1 * FLOWS["step"])
+    for discount in RATES:
+        key = f"soft Q-learning | {discount:g}"
+        every[key] = partial(stochastic.beside_q_learning, discount, 5000)
     for discount, steps in RATES.items():
         for name in ("1", "4"):
             ratio = named_ratios(discount)[name]
@@ -162,8 +191,10 @@ def call(job: Callable[[], Any]) -> Any:
     return job()
 
 
-def told(values: Mapping[str, Any]) -> str:
-    kept = ("ratios", "unstable", "farther", "offset")
+def told(values: Any) -> str:
+    if not isinstance(values, Mapping):
+        return str(values)
+    kept = ("ratios", "gone", "unstable", "farther", "offset")
     return ", ".join(f"{key} {values[key]}" for key in kept if key in values) or str(values)
 
 
@@ -182,6 +213,10 @@ def summarise(cells: Mapping[str, Any]) -> dict[str, Any]:
             summary.setdefault("critical_ratio_of_a_funnel", {})[rest[0]] = cell
         elif kind == "margins":
             summary.setdefault("median_margins", {})[rest[0]] = cell
+        elif kind == "from 0":
+            summary.setdefault("from_0", {})[rest[0]] = cell
+        elif kind == "soft Q-learning":
+            summary.setdefault("difference_from_q_learning", {})[rest[0]] = cell
         elif kind == "search":
             summary["unstable_of_random_chains"] = {"of": SEARCHED, **cell}
         elif kind.startswith("flow"):
@@ -211,20 +246,22 @@ def rates_of(cell: Mapping[str, Any]) -> dict[str, Any]:
     }
     attracted = margins > 0
     if attracted.sum() > 1:
-        slopes = stochastic.slope(dict(cell))[attracted]
-        low, high = bootstrap_interval(slopes, np.mean)
-        entry["slope"] = [round(float(x), 3) for x in (slopes.mean(), low, high)]
+        for name, since in (("slope", 0.5), ("last_slope", 0.8)):
+            slopes = stochastic.slope(dict(cell), since)[attracted]
+            low, high = bootstrap_interval(slopes, np.mean)
+            entry[name] = [round(float(x), 3) for x in (slopes.mean(), low, high)]
     return entry
 
 
 COLOURS = {0.5: "#0072B2", 0.8: "#009E73", 0.9: "#E69F00", 0.95: "#D55E00", 0.99: "#B0508A"}
 
 
-def draw_map(axes: Axes, cells: Mapping[str, Any], family: str) -> None:
-    keys = [f"map | {family} | {discount:g}" for discount in DISCOUNTS]
+def draw_map(axes: Axes, cells: Mapping[str, Any], of: str, entry: str, title: str) -> None:
+    keys = [f"{of} | {discount:g}" for discount in DISCOUNTS]
     if not all(key in cells for key in keys):
         return
-    shares = np.array([list(cells[key]["ratios"].values()) for key in keys])
+    names = [f"{ratio:g}" for ratio in RATIOS]
+    shares = np.array([[cells[key][entry][name] for name in names] for key in keys])
     axes.imshow(shares.T, origin="lower", aspect="auto", cmap="Reds", vmin=0, vmax=1)
     for (i, j), share in np.ndenumerate(shares):
         if share > 0:
@@ -240,10 +277,9 @@ def draw_map(axes: Axes, cells: Mapping[str, Any], family: str) -> None:
         linewidth=1.5,
     )
     axes.set_xticks(range(len(DISCOUNTS)), [f"{b:g}" for b in DISCOUNTS])
-    axes.set_yticks(range(len(RATIOS)), [f"{q:g}" for q in RATIOS])
-    names = {"plain": "rewards in [0, 1)", "all": "greedy, sparse, skewed"}
+    axes.set_yticks(range(len(RATIOS)), names)
     axes.set(xlabel="discount", ylabel="dual step / primal step")
-    axes.set_title(f"Repelling saddles, %: {names[family]}\n(line: 1 / discount²)", fontsize=10)
+    axes.set_title(title, fontsize=10)
 
 
 def draw_flow(axes: Axes, cells: Mapping[str, Any]) -> None:
@@ -284,12 +320,34 @@ def draw_rates(axes: Axes, cells: Mapping[str, Any]) -> None:
     axes.legend(title="discount", frameon=False, fontsize=8, loc="upper left")
 
 
+def draw_margins(axes: Axes, cells: Mapping[str, Any]) -> None:
+    found = {b: cells[f"margins | {b:g}"] for b in DISCOUNTS if f"margins | {b:g}" in cells}
+    for name, colour in (
+        ("1", "#D55E00"),
+        ("4", "#E69F00"),
+        ("10", "#999999"),
+        ("1/b^2", "#0072B2"),
+    ):
+        pairs = [(1 - b, cell[name]) for b, cell in found.items() if cell[name] > 0]
+        if pairs:
+            label = name.replace("1/b^2", "1 / discount²")
+            axes.plot(*zip(*pairs, strict=True), "o-", color=colour, markersize=4, label=label)
+    axes.set(xscale="log", yscale="log", xlabel="1 − discount", ylabel="margin, median")
+    axes.set_title("Rate at which the saddle attracts (where it does)", fontsize=10)
+    axes.legend(title="dual step / primal step", frameon=False, fontsize=8)
+
+
 def draw(cells: Mapping[str, Any], path: Path) -> None:
-    figure, panels = plt.subplots(2, 2, figsize=(12.5, 9.5), layout="constrained")
-    draw_map(panels[0, 0], cells, "plain")
-    draw_map(panels[0, 1], cells, "all")
-    draw_flow(panels[1, 0], cells)
-    draw_rates(panels[1, 1], cells)
+    figure, panels = plt.subplots(2, 3, figsize=(17, 9.5), layout="constrained")
+    (first, second, third), (fourth, fifth, last) = panels
+    draw_map(first, cells, "map | plain", "ratios", "Saddles that repel, %: rewards in [0, 1)")
+    draw_map(second, cells, "map | all", "ratios", "The same: greedy, sparse, skewed")
+    draw_map(
+        third, cells, "from 0", "gone", "Lost from 0 with full gradients, %: rewards in [0, 1)"
+    )
+    draw_flow(fourth, cells)
+    draw_rates(fifth, cells)
+    draw_margins(last, cells)
     for axes in panels.flat:
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)

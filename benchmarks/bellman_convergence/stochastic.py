@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
-from holdfast.bellman import SaddleProblem, Sgda, TabularMDP, stability_margin
+from holdfast.bellman import Harmonic, SaddleProblem, Sgda, TabularMDP, stability_margin
 from holdfast.bellman.draws import covered_dataset, drawer
 from holdfast.bellman.problem import Batch
 from holdfast.bellman.sgda import descend_ascend, harmonic
@@ -80,3 +81,32 @@ def slope(cell: dict[str, Any], since: float = 0.5) -> np.ndarray:
     values = np.log(np.array(cell["squared"]))[kept]
     centred = logs[kept] - logs[kept].mean()
     return centred @ values / (centred @ centred)
+
+
+def beside_q_learning(discount: float, steps: int) -> float:
+    """With the ratio ``1 / discount^2`` and ``w = r + discount * v``, descent-ascent is Q-learning.
+
+    Returns
+    -------
+    float
+        Largest difference from soft Q-learning written out, over the table and its size.
+    """
+    model = TabularMDP.random(STATES, ACTIONS, discount, seed=0)
+    data = model.sample(steps, seed=0)
+    problem = SaddleProblem.tabular(data, discount, states=STATES, actions=ACTIONS)
+    step = Harmonic(100.0, 400.0)
+    dual = torch.as_tensor(-model.rewards.ravel() / discount)
+    found = descend_ascend(
+        problem,
+        Batch.stack([data]),
+        Sgda(steps=steps, step=step, step_ratio=discount**-2, replacement=False),
+        seed=7,
+        start=(torch.zeros_like(dual), dual),
+    )
+    q = np.zeros((STATES, ACTIONS))
+    # One pass without replacement: the order is that of the seed's first permutation.
+    for t, row in enumerate(np.random.default_rng([7, 0]).permutation(steps)):
+        s, a, ahead = data.state[row], data.action[row], data.next_state[row]
+        target = data.reward[row] + discount * np.log(np.exp(q[ahead]).sum())
+        q[s, a] += 2 * step(t) * (target - q[s, a])
+    return float(np.abs(found.primal[0].numpy() - q.ravel()).max() / np.abs(q).max())

@@ -27,6 +27,8 @@ WORKERS = 8
 """Episodes that are collected at a time."""
 BATCH = 128
 HIDDEN = 64
+SLOWNESS = 0.01
+"""Share by which the target follows, each update."""
 Policy = Callable[[Tensor], Tensor]
 """From observations ``(n, features)`` to ``Q(s, .)``."""
 
@@ -65,9 +67,9 @@ class Task:
 TASKS = {
     task.name: task
     for task in (
-        Task("CartPole-v1", 0.2, 40_000, 4, 100.0, (0.5, 0.5, 5.0, 0.5), 2),
-        Task("Acrobot-v1", 0.1, 80_000, 2, 100.0, (1.0, 1.0, 1.0, 1.0, 0.25, 0.1), 3),
-        Task("LunarLander-v3", 0.2, 300_000, 2, 100.0, (1.0,) * 8, 4),
+        Task("CartPole-v1", 1.0, 40_000, 8, 50.0, (0.5, 0.5, 5.0, 0.5), 2),
+        Task("Acrobot-v1", 0.3, 80_000, 4, 50.0, (1.0, 1.0, 1.0, 1.0, 0.25, 0.1), 3),
+        Task("LunarLander-v3", 0.4, 300_000, 2, 50.0, (1.0,) * 8, 4),
     )
 }
 
@@ -153,7 +155,7 @@ def train(task: Task, network: QNetwork, *, seed: int) -> None:
             schedule.step()
             with torch.no_grad():
                 for old, new in zip(slow.parameters(), network.parameters(), strict=True):
-                    old.lerp_(new, 0.005)
+                    old.lerp_(new, SLOWNESS)
     environments.close()
 
 

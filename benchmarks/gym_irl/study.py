@@ -31,8 +31,8 @@ HIDDEN = (64, 64)
 STEPS, BATCH = 2000, 128
 RATES = (1e-3, 3e-3)
 GRIDS: dict[str, list[dict[str, float]]] = {
-    "GLADIUS": [{"rate": r, "weight": w} for r in RATES for w in (1e-4, 1e-2)],
-    "IQ-Learn": [{"rate": r, "scale": s} for r in RATES for s in (10.0, 1000.0)],
+    "GLADIUS": [{"rate": r, "weight": w} for r in RATES for w in (3e-3, 0.1)],
+    "IQ-Learn": [{"rate": r, "scale": s} for r in RATES for s in (1.0, 30.0)],
     "BC": [{"rate": r} for r in (3e-4, 1e-3, 3e-3, 1e-2)],
 }
 

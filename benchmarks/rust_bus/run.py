@@ -41,8 +41,8 @@ PUBLISHED = {
 DISCOUNT = 0.9999
 DISCOUNTS = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 0.9999)
 SEEDS = 10
-STEPS = 20_000
-KEPT = (200, 2_000, 20_000)
+STEPS = 10_000
+KEPT = (100, 1_000, 10_000)
 BATCH = 256
 RATIO = 4.0
 RESAMPLES = 200
@@ -141,7 +141,7 @@ def settings_of(method: str, problem: SaddleProblem, cost: float) -> Sgda:
         spread = 0.01 * max(1.0, cost) / (1.0 - problem.discount)
         return Sgda(step=lambda t: spread * (1.0 - t / STEPS), optimiser="adam", **common)
     if batches:
-        return Sgda(step=Harmonic(0.05 * STEPS / 10, STEPS / 10), **common)
+        return Sgda(step=Harmonic(0.1 * STEPS / 10, STEPS / 10), **common)
     primal, dual = material.exact_saddle(problem)
     margin = stability_margin(problem, RATIO, at=(torch.as_tensor(primal), torch.as_tensor(dual)))
     step, momentum = margin.tuned()

@@ -26,6 +26,10 @@ from holdfast.bellman.estimators.fitting import Columns, FitOptions, columns_of,
 from holdfast.joint import LossTerms
 
 Array = NDArray[np.float64]
+STEP_RATIO = 4.0
+"""Of zeta's step to that of Q."""
+LIFT = 1.0
+"""Share of the level's Newton step that is taken at first; it falls as the other steps do."""
 
 
 class Values(nn.Module):
@@ -38,7 +42,7 @@ class Values(nn.Module):
     hidden : sequence of int
     actions : int
     scale, offset : float
-        Size and start of the values. A start far from them takes most of the steps to leave.
+        Size and start of the values.
     seed : int
     """
 
@@ -55,7 +59,8 @@ class Values(nn.Module):
         super().__init__()
         self.body = mlp(len(inputs), hidden, actions, seed=seed)
         self.register_buffer("inputs", torch.tensor(inputs, dtype=torch.float64))
-        self.scale, self.offset = scale, offset
+        self.register_buffer("offset", torch.tensor(offset, dtype=torch.float64))
+        self.scale = scale
 
     def forward(self, state: Tensor) -> Tensor:
         return self.offset + self.scale * self.body(state * self.inputs)
@@ -76,6 +81,22 @@ class Pair(nn.Module):
         return soft_value(self.q(columns["next_state"]), columns["terminal"])
 
     @torch.no_grad()
+    def lift(self, columns: Columns, anchor_action: int, share: float) -> None:
+        """Raise Q and zeta by a share of what would make the anchor's mean TD error 0.
+
+        Choices do not tell the level of Q, and the anchor's term is hardly curved in it: by
+        ``2 (1 - discount)²``. This is Newton's step in that one direction. Zeta goes along, since
+        the values that it stands for do. ``share`` is over the slope ``1 - discount``, more where
+        episodes end.
+        """
+        chosen = columns["action"] == anchor_action
+        if chosen.any():
+            q = _at(self.q(columns["state"]), columns["action"])
+            delta = (columns["reward"] + self.discount * self.ahead(columns) - q)[chosen].mean()
+            for each in (self.q, self.zeta):
+                each.offset += share * delta
+
+    @torch.no_grad()
     def rewards(self, data: Transitions) -> Array:
         """``Q - discount * zeta`` of the rows, ``(n,)``."""
         columns = columns_of(data, self)
@@ -92,14 +113,35 @@ def fit_gladius(
     anchor_action: int,
     weight: float,
     corrected: bool = True,
+    step_ratio: float = STEP_RATIO,
 ) -> None:
-    """GLADIUS by :func:`inverse_loss`, in place."""
+    """GLADIUS by :func:`inverse_loss`, in place.
 
-    def loss(network: nn.Module, columns: Columns) -> LossTerms:
-        assert isinstance(network, Pair)
-        return inverse_loss(network, columns, anchor_action, weight, corrected)
-
-    fit_network(pair, loss, columns_of(data, pair), options)
+    Zeta's step is ``step_ratio`` times that of Q: one common step lets the values run away from a
+    zeta that cannot catch up. The level is found by :meth:`Pair.lift`.
+    """
+    columns = columns_of(data, pair)
+    generator = torch.Generator().manual_seed(options.seed)
+    optimiser = torch.optim.Adam(
+        [
+            {"params": pair.q.parameters()},
+            {"params": pair.zeta.parameters(), "lr": step_ratio * options.learning_rate},
+        ],
+        lr=options.learning_rate,
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, options.steps)
+    anchors = columns["action"] == anchor_action
+    slope = 1.0 - pair.discount * float((~columns["terminal"][anchors]).double().mean())
+    for _ in range(options.steps):
+        index = torch.randint(len(data), (options.batch_size,), generator=generator)
+        batch = {name: column[index] for name, column in columns.items()}
+        terms = inverse_loss(pair, batch, anchor_action, weight, corrected)
+        optimiser.zero_grad()
+        (terms.total / terms.count).backward()
+        optimiser.step()
+        fallen = schedule.get_last_lr()[0] / options.learning_rate
+        pair.lift(batch, anchor_action, LIFT * fallen / slope)
+        schedule.step()
 
 
 def inverse_loss(

@@ -32,11 +32,11 @@ TUNED_DUMMIES = (0, 20)
 """Settings are chosen without dummies, and with as many for all numbers of dummies."""
 
 HIDDEN = (10, 10)
-STEPS, BATCH = 3000, 256
+STEPS, BATCH = 2000, 256
 RATES = (3e-3, 1e-2)
 GRIDS: dict[str, list[dict[str, float]]] = {
-    "GLADIUS": [{"rate": r, "weight": w} for r in RATES for w in (0.1, 1.0, 10.0)],
-    "without zeta": [{"rate": r, "weight": w} for r in RATES for w in (0.1, 1.0, 10.0)],
+    "GLADIUS": [{"rate": r, "weight": w} for r in RATES for w in (0.01, 0.1, 1.0)],
+    "without zeta": [{"rate": r, "weight": w} for r in RATES for w in (0.01, 0.1, 1.0)],
     "IQ-Learn": [{"rate": r, "scale": s} for r in RATES for s in (0.5, 5.0, 50.0)],
     "BC": [{"rate": r} for r in (1e-3, 2e-3, 3e-3, 5e-3, 1e-2, 2e-2)],
 }

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,14 +63,14 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
 
-    def save(self, checkpoint: Checkpoint, *, spare: int | None = None) -> Path:
+    def save(self, checkpoint: Checkpoint, *, spare: Collection[int] = ()) -> Path:
         """Write a checkpoint, then delete the oldest beyond ``keep``.
 
         Parameters
         ----------
         checkpoint : Checkpoint
-        spare : int, optional
-            The step of one that is kept as well, however old.
+        spare : collection of int
+            Steps of those that are kept as well, however old.
 
         Raises
         ------
@@ -102,7 +102,7 @@ class Checkpoints:
             ) from error
         # Later ones were passed over as damaged when the run was resumed from an earlier one.
         earlier = [step for step in self.steps() if step < checkpoint.step]
-        kept_steps = {checkpoint.step, spare, *earlier[max(0, len(earlier) - self.keep + 1) :]}
+        kept_steps = {checkpoint.step, *spare, *earlier[max(0, len(earlier) - self.keep + 1) :]}
         for step in set(self.steps()) - kept_steps:
             shutil.rmtree(self.folder / f"{_PREFIX}{step:08d}", ignore_errors=True)
         return final

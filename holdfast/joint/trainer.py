@@ -99,6 +99,7 @@ class _Progress:
     evaluated_at: int = -1
     evaluations_without_improvement: int = 0
     good_step: int | None = None
+    pending_step: int | None = None
 
 
 class Trainer:
@@ -310,6 +311,7 @@ class Trainer:
             text = "  ".join(f"{name} {summary.loss:.4f}" for name, summary in summaries.items())
             self.recorder.progress(self.step, self.options.max_steps, text)
         trip = self.guards.watch(Seen(summaries, grad_norm, refused))
+        self._judge_checkpoints()
         if refused is not None:
             self._refuse(refused, batches)
         if trip is not None:
@@ -461,7 +463,18 @@ class Trainer:
             )
         if trip.then == "roll_back":
             # A kill from now on must not bring back what was undone.
+            self._progress.good_step, self._progress.pending_step = self.step, None
             self.save()
+
+    def _judge_checkpoints(self) -> None:
+        """A checkpoint is good once so many turns after it went well: they show what it holds."""
+        progress, wires = self._progress, self.guards.tripwires
+        if wires is None or progress.pending_step is None:
+            return
+        if not self.guards.quiet:
+            progress.pending_step = None
+        elif self.step - progress.pending_step >= wires.patience:
+            progress.good_step, progress.pending_step = progress.pending_step, None
 
     def _roll_back(self, factor: float) -> int:
         """Put back all but the count of steps; returns the step of the checkpoint."""
@@ -560,10 +573,9 @@ class Trainer:
             name: by_name.pop(f"\0count of {name}", count)
             for name in [name for name in by_name if not name.startswith("\0")]
         }
-        if not count:
-            return Summary(math.nan, 0.0, {})
+        # Metrics with a count of their own say why there may be nothing to take a mean loss over.
         means = {name: by_name[name] / own for name, own in counts.items() if own}
-        return Summary(total / count, count, means)
+        return Summary(total / count if count else math.nan, count, means)
 
     # State ----------------------------------------------------------------------------------------
 
@@ -572,8 +584,10 @@ class Trainer:
         if self.checkpoints is None:
             return
         progress = self._progress
-        if self._rolls_back and self.guards.quiet:
-            progress.good_step = self.step
+        if self._rolls_back and progress.good_step is None:
+            progress.good_step = self.step  # where the run starts
+        elif self._rolls_back and self.guards.quiet and progress.pending_step is None:
+            progress.pending_step = self.step
         if self.accelerator.is_main_process:
             tensors, packed = pack_optimizer(self._optimizer_plain)
             sources, rows = separate(
@@ -593,7 +607,8 @@ class Trainer:
             policy = {**dict(self._named), **_persistent_buffers(self.policy)}
             groups = {"policy": policy, "optimizer": tensors}
             groups |= {n: t for n, t in (("sources", rows), ("schedule", watched)) if t}
-            self.checkpoints.save(Checkpoint(self.step, groups, state), spare=progress.good_step)
+            needed = [s for s in (progress.good_step, progress.pending_step) if s is not None]
+            self.checkpoints.save(Checkpoint(self.step, groups, state), spare=needed)
             if self.recorder is not None:
                 self.recorder.describe(
                     seconds=progress.seconds, peak_memory_bytes=peak_memory_bytes()

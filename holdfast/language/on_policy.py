@@ -109,7 +109,7 @@ class PolicyGradient:
                 labels,
                 temperature=self.temperature,
                 statistics=True,
-                moments=None if guard is None else guard.moments(head),
+                moments=guard is not None,
             )
             mask = batch.mask & ~batch.hinted
             found: dict[str, Tensor] = {}
@@ -317,9 +317,7 @@ class Lco:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The tokens ``(counted,)`` that may be learnt from."""
         with torch.no_grad():
-            seen = token_statistics(
-                flat, head, ids, temperature=self.temperature, moments=guard.moments(head)
-            )
+            seen = token_statistics(flat, head, ids, temperature=self.temperature, moments=True)
             others = torch.log1p(-seen.logps.exp().clamp(max=1.0 - 1e-7))
             normaliser = torch.logaddexp(others, seen.logps + batch.flat("advantages") / self.beta)
             advantages = -torch.expm1(-normaliser)

@@ -34,6 +34,12 @@ from holdfast.schema.control_rl import (
     ReplaySpec,
     RolloutSpec,
 )
+from holdfast.schema.guards import (
+    AnyGuard,
+    LogRatioBudgetSpec,
+    TripwiresSpec,
+    UpdateNormCapSpec,
+)
 from holdfast.schema.objectives import DataSpec, DpoSpec, NllSpec, ObjectiveSpec, TrainedSpec
 from holdfast.schema.on_policy import (
     CispoSpec,
@@ -88,6 +94,7 @@ __all__ = [
     "AdaptiveKlSpec",
     "AlrightSpec",
     "AnchorSpec",
+    "AnyGuard",
     "AnyObjective",
     "AnySchedule",
     "AwcSpec",
@@ -129,6 +136,7 @@ __all__ = [
     "KlCovSpec",
     "LanguagePolicySpec",
     "LcoSpec",
+    "LogRatioBudgetSpec",
     "LoraSpec",
     "MaxrightSpec",
     "MembersSpec",
@@ -159,6 +167,8 @@ __all__ = [
     "TokenizerSpec",
     "TrainedSpec",
     "TrainingSpec",
+    "TripwiresSpec",
+    "UpdateNormCapSpec",
     "WeightedSpec",
     "kinds",
     "names_of",

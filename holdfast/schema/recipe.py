@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from holdfast.errors import nearest
@@ -30,6 +30,7 @@ from holdfast.schema.control_rl import (
     DppoSpec,
     IdqlSpec,
 )
+from holdfast.schema.guards import AnyGuard, check_kinds
 from holdfast.schema.objectives import DpoSpec, NllSpec, ObjectiveSpec
 from holdfast.schema.on_policy import (
     CispoSpec,
@@ -75,6 +76,7 @@ class TrainingSpec(Spec):
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)
     max_grad_norm: float | None = Field(1.0, gt=0)
+    guards: tuple[AnyGuard, ...] = Field((), description="of every step, in this order")
     bf16: bool = Field(False, description="compute in bfloat16; weights stay in policy.dtype")
     gradient_checkpointing: bool = False
     eval_steps: int = Field(100, ge=1)
@@ -88,13 +90,21 @@ class TrainingSpec(Spec):
         (), description="accelerate's trackers: tensorboard, wandb, …"
     )
 
+    @field_validator("guards", mode="before")
+    @classmethod
+    def _known_guards(cls, value: Any) -> Any:
+        return check_kinds(value)
+
     @model_validator(mode="after")
-    def _warmup(self) -> TrainingSpec:
+    def _fitting(self) -> TrainingSpec:
         if self.warmup_steps and self.lr_scheduler_type == "constant":
             raise ValueError(
                 "warmup_steps does nothing with lr_scheduler_type constant: use "
                 "constant_with_warmup, or set it to 0"
             )
+        kinds = [guard.kind for guard in self.guards]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError("guards: two are of one kind; one of a kind is enough")
         return self
 
 
@@ -262,7 +272,19 @@ class Recipe(Spec):
                         "entry": objective.held_out_entry,
                     },
                 )
+        self._check_guards()
         return self
+
+    def _check_guards(self) -> None:
+        scheduled = {name: self.objectives[name] for name in self.schedule.objectives}
+        dtype = getattr(self.policy, "dtype", "float32")
+        float32 = dtype == "float32" and not self.training.bf16
+        for index, guard in enumerate(self.training.guards):
+            misfit = guard.misfit(scheduled, float32)
+            if misfit is not None:
+                entry, why = misfit
+                where = f"training.guards.{index}.{entry}"
+                raise PydanticCustomError("misfit", "{why}", {"where": where, "why": why})
 
     def dump(self) -> dict[str, Any]:
         """As plain values that :func:`parse_recipe` reads back."""
@@ -278,7 +300,12 @@ class Recipe(Spec):
         for objective in values["objectives"].values():
             objective.pop("films", None)
         # What is not set changes no number: runs from before these entries existed go on.
-        for part, entry in ((values, "combiner"), (values["training"], "learning_rates")):
+        training = values["training"]
+        for part, entry in (
+            (values, "combiner"),
+            (training, "learning_rates"),
+            (training, "guards"),
+        ):
             if not part[entry]:
                 part.pop(entry)
         for name, spec in self.objectives.items():

@@ -88,6 +88,10 @@ def test_at_that_ratio_one_part_goes_its_own_way_and_shrinks():
     assert (np.abs(expected).sum(1) <= shrunk * np.abs(p).sum(1)).all()
 
 
+def test_then_the_rest_is_soft_q_learning_row_by_row():
+    assert stochastic.beside_q_learning(0.9, 500) < 1e-12
+
+
 def test_funnels_need_nearly_that_ratio_and_never_more():
     needed = [dynamics.critical_ratio(dynamics.funnel(pairs, 0.5))[0] for pairs in (4, 20, 60)]
     assert needed == sorted(needed)
@@ -103,13 +107,29 @@ def test_search_finds_unstable_chains_below_that_ratio_only():
 
 
 def test_full_gradients_do_what_the_eigenvalues_say(monkeypatch):
-    monkeypatch.setattr(run, "FLOWS", {"models": 3, "step": 1.0, "steps": 3000})
+    monkeypatch.setattr(run, "FLOWS", {"models": 3, "step": 1.0, "steps": 9000})
     good = run.flow(0.5, 4.0, 1.0)
     assert good["unstable"] == good["farther"] == 0.0 and good["agree"] == 1.0
     slow = run.flow(0.9, 2.0, 1.0)
     np.testing.assert_allclose(slow["rate_over_margin"], 1.0, rtol=0.05)
     bad = run.flow(0.95, 1.0, 1.0)
-    assert bad["unstable"] == 1.0 and bad["median"][-1] > bad["median"][-4]
+    assert bad["unstable"] == bad["farther"] == 1.0
+
+
+def test_from_0_the_common_step_is_lost_though_the_saddle_attracts(monkeypatch):
+    monkeypatch.setattr(run, "FLOWS", {"models": 3, "step": 0.5, "steps_from_0": 4000})
+    monkeypatch.setattr(run, "RATIOS", (1.0,))
+    assert (dynamics.draw(3, 5, 3, 0.75).margins(1.0) > 0).all()
+    found = run.from_zero(0.75)
+    assert found["gone"] == {"1": 1.0, "1/b^2": 0.0} and found["median_left"] < 1e-12
+    assert found["projected"] == {"1": 1.0, "1/b^2": 0.0}
+
+
+def test_projection_keeps_tables_in_their_balls():
+    models = dynamics.draw(2, 3, 2, 0.9)
+    far = (5 * models.w, 5 * models.v)
+    inside = models.descend(far, 1.0, 0.0, [1], ball=2.0)
+    np.testing.assert_allclose(inside[0], models.distance(2 * models.w, 2 * models.v))
 
 
 def test_slope_of_a_power_law_of_offset_and_time():
@@ -125,5 +145,6 @@ def test_runs_come_nearer_where_stable():
     assert entry["unstable"] == entry["farther_than_the_start"] == 0
     assert entry["share_left"] < 0.2 and entry["steps"] == 600
     assert len(cell["squared"]) == len(cell["at"]) == stochastic.MARKS
+    assert entry["last_slope"][0] < 0
     summary = run.summarise({"single samples | 0.5 | 4": cell})
     assert summary["single_samples"]["single samples | 0.5 | 4"] == entry

@@ -97,7 +97,7 @@ def test_several_models_take_turns():
 
 def test_every_job_is_named_once_and_sizes_are_those_of_its_setting():
     keys = list(run.jobs())
-    assert len(keys) == len(set(keys)) == 3 + sum(len(run.sizes(name)) for name in run.SETTINGS)
+    assert len(keys) == len(set(keys)) == 4 + sum(len(run.sizes(name)) for name in run.SETTINGS)
 
 
 def test_slopes_of_inverse_sizes():

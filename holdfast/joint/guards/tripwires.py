@@ -58,9 +58,10 @@ class Tripwires:
 
     On a trip the batches of the turn are saved and an event is recorded. Then the run stops with an
     error; or learning rates are multiplied by ``rate_factor``; or that, and everything but the
-    count of steps goes back to the last checkpoint that was written while no wire was beyond its
-    limit: the same batches come again, at lower rates. Steps that were undone count towards
-    ``max_steps``.
+    count of steps goes back to the last good checkpoint: the same batches come again, at lower
+    rates. Good is the checkpoint of the start, and any after which ``patience`` turns passed with
+    no wire beyond its limit, for what an update did shows only in the turns that follow. Steps that
+    were undone count towards ``max_steps``.
 
     Parameters
     ----------

@@ -18,6 +18,10 @@ import torch
 from torch import Tensor
 
 from holdfast.language.head import Head, TokenStatistics, dense_statistics
+from holdfast.language.head.tiles import Activation, operand_dtypes, project, tiles
+
+_ELEMENTS = 2**22
+"""Of a tile of logits where a step needs all of them."""
 
 
 @dataclass(frozen=True)
@@ -38,26 +42,18 @@ class Shifts:
 
 
 def predicted_shifts(
-    statistics: TokenStatistics,
-    action_scales: Tensor | float,
-    advantages: Tensor,
-    hidden_norms: Tensor,
-    *,
-    learning_rate: float,
+    statistics: TokenStatistics, advantages: Tensor, hidden_norms: Tensor, *, learning_rate: float
 ) -> Shifts:
-    """What a step on the output layer along one token's gradient does to that token.
+    """What a step of gradient ascent along one token's gradient does to that token.
 
-    With row scales ``s`` the step is ``W += learning_rate diag(s) A v h^T``: plain gradient ascent
-    where they are 1. Let ``d = v^T diag(s) v``, ``q`` the variance of ``s v`` under ``pi`` and
-    ``n = |h|``. Then ``objective = lr A^2 n^2 d + 1/2 lr^2 A^3 n^4 (d^2 - q)`` and
-    ``policy = 1/2 lr^2 A^2 n^4 d^2``.
+    With ``d = |v|^2``, ``q`` the variance of ``v`` under ``pi`` and ``n = |h|``, the change of the
+    objective is ``lr A^2 n^2 d + 1/2 lr^2 A^3 n^4 (d^2 - q)`` and that of the policy
+    ``1/2 lr^2 A^2 n^4 d^2``.
 
     Parameters
     ----------
     statistics : TokenStatistics
-        Of the actions, with ``squares`` and ``cubes`` whose moments are ``s``.
-    action_scales : Tensor or float
-        ``(...)``: ``s`` of the action.
+        Of the actions, with ``moments``.
     advantages, hidden_norms : Tensor
         ``(...)``: ``A`` and ``n``.
     learning_rate : float
@@ -68,9 +64,15 @@ def predicted_shifts(
     probability = statistics.logps.detach().exp()
     squares, cubes = statistics.squares, statistics.cubes
     rest = 1.0 - 2.0 * probability
-    d = (action_scales * rest + squares).clamp(min=0.0)
-    mean = probability * action_scales - squares
-    q = (probability * action_scales**2 * rest + cubes - mean.square()).clamp(min=0.0)
+    d = (rest + squares).clamp(min=0.0)
+    q = (probability * rest + cubes - (probability - squares).square()).clamp(min=0.0)
+    return _shifts(d, q, advantages, hidden_norms, learning_rate)
+
+
+def _shifts(
+    d: Tensor, q: Tensor, advantages: Tensor, hidden_norms: Tensor, learning_rate: float
+) -> Shifts:
+    """``d = v^T diag(s) v``, ``q`` the variance of ``s v``; of a step ``lr diag(s) A v h^T``."""
     gains = advantages.detach().to(d.dtype)
     step = learning_rate * hidden_norms.detach().to(d.dtype).square()
     first, half = step * gains.square(), 0.5 * (step * gains).square()
@@ -104,7 +106,7 @@ def curvature_mask(
     objective_limit: float,
     policy_limit: float,
     objective_floor: float | None = None,
-    row_scales: Tensor | None = None,
+    rows: RowMoments | None = None,
 ) -> Tensor:
     """The tokens whose predicted shifts of objective and policy stay within limits.
 
@@ -132,9 +134,8 @@ def curvature_mask(
         Largest predicted divergence, in nats. Positive.
     objective_floor : float, optional
         Smallest predicted improvement. By default there is none.
-    row_scales : Tensor, optional
-        ``(vocab,)``: factors on the rows of the step, for an optimiser that scales them
-        (:class:`RowMoments`). By default 1.
+    rows : RowMoments, optional
+        Moments of Adam, whose step is then modelled. By default one of gradient ascent.
 
     Returns
     -------
@@ -155,11 +156,13 @@ def curvature_mask(
             )
     if logits.ndim == 0:
         raise ValueError("logits is a scalar: it must be (..., vocab)")
-    scales = logits.new_ones(logits.shape[-1]) if row_scales is None else row_scales
-    statistics = dense_statistics(logits.detach(), actions, moments=scales)
-    shifts = predicted_shifts(
-        statistics, scales[actions], advantages, hidden_norms, learning_rate=learning_rate
-    )
+    if rows is not None:
+        shifts = rows.shifts(
+            logits.detach(), actions, advantages, hidden_norms, learning_rate=learning_rate
+        )
+    else:
+        statistics = dense_statistics(logits.detach(), actions, moments=True)
+        shifts = predicted_shifts(statistics, advantages, hidden_norms, learning_rate=learning_rate)
     return within(shifts, objective_limit, policy_limit, objective_floor)
 
 
@@ -188,47 +191,75 @@ def check_limits(
 
 
 class RowMoments:
-    """Second moments of the output layer's gradient by row, as Adam has them by element.
+    """Moments of the output layer's gradient by row, as Adam has them by element.
 
-    A row's step is scaled by ``1 / (sqrt(v) + epsilon)`` with ``v`` the average of squares over the
-    row and, exponentially, over steps, bias-corrected. One number a row keeps the closed form. Its
-    first moment is left out: what other tokens have left there moves the policy whether a token is
-    masked or not.
+    A token's step is the one that Adam would take if that token alone came next: its gradient goes
+    into the second moments before the step is divided by their root, so that a row that was never
+    moved is not moved without bound. A row's moment is the mean over its elements. First moments
+    are left out: what other tokens have left there moves the policy whether this one is masked or
+    not.
 
     Parameters
     ----------
-    vocab_size : int
-        Rows.
-    beta : float
-        Share of the average that is kept each step, in [0, 1).
+    vocab_size, width : int
+        Of the output layer.
+    betas : tuple of float
+        Adam's, in [0, 1).
     epsilon : float
-        Positive.
+        Adam's. Positive.
     """
 
-    def __init__(self, vocab_size: int, beta: float = 0.999, epsilon: float = 1e-8) -> None:
-        if not 0.0 <= beta < 1.0:
-            raise ValueError(f"beta is {beta}: it must lie in [0, 1)")
+    def __init__(
+        self,
+        vocab_size: int,
+        width: int,
+        betas: tuple[float, float] = (0.9, 0.999),
+        epsilon: float = 1e-8,
+    ) -> None:
+        if not all(0.0 <= beta < 1.0 for beta in betas):
+            raise ValueError(f"betas are {betas}: they must lie in [0, 1)")
         if not epsilon > 0:
             raise ValueError(f"epsilon is {epsilon}: it must be positive")
-        self.beta, self.epsilon = beta, epsilon
+        self.width, self.betas, self.epsilon = width, betas, epsilon
         self.average = torch.zeros(vocab_size)
+        """Of squares, not corrected for how few they are."""
         self.steps = 0
 
     def update(self, gradient: Tensor) -> None:
         """Take in the mean gradient ``(vocab, width)`` of a step."""
         squares = gradient.detach().float().square().mean(-1)
-        self.average = self.average.to(squares.device).lerp(squares, 1.0 - self.beta)
+        self.average = self.average.to(squares.device).lerp(squares, 1.0 - self.betas[1])
         self.steps += 1
 
-    def scales(self) -> Tensor:
-        """``(vocab,)``: factors on the rows of a step; 1 before the first gradient was seen."""
-        if self.steps == 0:
-            return torch.ones_like(self.average)
-        corrected = self.average / (1.0 - self.beta**self.steps)
-        # A row that has seen no gradient would move without bound. Adam takes a new gradient into
-        # its moments before it divides, with the weight 1 - beta: the mean row's stands for it.
-        floor = corrected.mean() * (1.0 - self.beta)
-        return 1.0 / (corrected.maximum(floor).sqrt() + self.epsilon)
+    def scales(self, squares: Tensor) -> Tensor:
+        """What Adam multiplies a gradient by, in rows whose squares ``(..., vocab)`` it has."""
+        first, second = self.betas
+        average = self.average.to(squares)
+        corrected = (second * average + (1.0 - second) * squares) / (
+            1.0 - second ** (self.steps + 1)
+        )
+        share = (1.0 - first) / (1.0 - first ** (self.steps + 1))
+        return share / (corrected.sqrt() + self.epsilon)
+
+    def shifts(
+        self,
+        logits: Tensor,
+        actions: Tensor,
+        advantages: Tensor,
+        hidden_norms: Tensor,
+        *,
+        learning_rate: float,
+    ) -> Shifts:
+        """As :func:`predicted_shifts`, of Adam's step, from logits ``(..., vocab)``."""
+        kind = torch.promote_types(logits.dtype, torch.float32)
+        policy = logits.to(kind).softmax(-1)
+        v = -policy
+        v.scatter_add_(-1, actions.unsqueeze(-1), torch.ones_like(v[..., :1]))
+        sizes = (advantages.detach() * hidden_norms.detach()).to(kind).square() / self.width
+        scaled = self.scales(sizes.unsqueeze(-1) * v.square()) * v
+        mean = (policy * scaled).sum(-1)
+        q = ((policy * scaled.square()).sum(-1) - mean.square()).clamp(min=0.0)
+        return _shifts((scaled * v).sum(-1), q, advantages, hidden_norms, learning_rate)
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self.average, "steps": self.steps}
@@ -266,12 +297,6 @@ class CurvatureGuard:
             self.learning_rate, self.objective_limit, self.policy_limit, self.objective_floor
         )
 
-    def moments(self, head: Head) -> Tensor:
-        """``(vocab,)``: what statistics are to have the moments of."""
-        if self.rows is None:
-            return torch.ones(len(head.weight), device=head.weight.device)
-        return self.rows.scales().to(head.weight.device)
-
     def __call__(
         self,
         statistics: TokenStatistics,
@@ -286,7 +311,7 @@ class CurvatureGuard:
         Parameters
         ----------
         statistics : TokenStatistics
-            ``(...)``, with :meth:`moments`.
+            ``(...)``, with ``moments``. A step of Adam needs the logits again, in tiles.
         advantages, labels : Tensor
             ``(...)``.
         hidden : Tensor
@@ -307,10 +332,18 @@ class CurvatureGuard:
         with torch.no_grad():
             squares = hidden.detach().float().square().sum(-1) + (head.bias is not None)
             norms = squares.sqrt() * (abs(head.scale) / temperature)
-            scales = self.moments(head)[labels.clamp(min=0)]
             shifts = predicted_shifts(
-                statistics, scales, advantages, norms, learning_rate=self.learning_rate
+                statistics, advantages, norms, learning_rate=self.learning_rate
             )
+            if self.rows is not None:
+                ids = labels[mask]
+                of_rows = self._adam(
+                    self.rows, hidden[mask], head, ids, advantages[mask], norms[mask], temperature
+                )
+                shifts = Shifts(
+                    shifts.objective.masked_scatter(mask, of_rows.objective),
+                    shifts.policy.masked_scatter(mask, of_rows.policy),
+                )
             kept = within(shifts, self.objective_limit, self.policy_limit, self.objective_floor)
             dropped = mask & ~kept
             if self.random:
@@ -327,13 +360,47 @@ class CurvatureGuard:
             }
         return mask & ~dropped, metrics
 
+    def _adam(
+        self,
+        rows: RowMoments,
+        hidden: Tensor,
+        head: Head,
+        ids: Tensor,
+        advantages: Tensor,
+        norms: Tensor,
+        temperature: float,
+    ) -> Shifts:
+        """Of counted tokens ``(tokens, ...)``."""
+        operands, sums = operand_dtypes(hidden, head.weight)
+        activation = Activation.of(head.scale, None, temperature)
+        weight = head.weight.to(operands)
+        bias = None if head.bias is None else head.bias.to(sums)
+        size = max(_ELEMENTS // len(weight), 1)
+        scratch = hidden.new_empty(size * len(weight), dtype=sums)
+        found = [
+            rows.shifts(
+                activation.apply_(project(hidden[tokens].to(operands), weight, bias, scratch)),
+                ids[tokens],
+                advantages[tokens],
+                norms[tokens],
+                learning_rate=self.learning_rate,
+            )
+            for tokens in tiles(len(hidden), size)
+        ]
+        nothing = hidden.new_zeros(0, dtype=sums)
+        return Shifts(
+            torch.cat([nothing, *(part.objective for part in found)]),
+            torch.cat([nothing, *(part.policy for part in found)]),
+        )
+
     @property
     def record(self) -> dict[str, float]:
         return {}
 
     def observe(self, metrics: Mapping[str, float]) -> None:
         gradient = self.gradient()
-        if self.rows is not None and gradient is not None:
+        # Moments that decay while every token is masked would mask ever more.
+        if self.rows is not None and gradient is not None and bool(gradient.any()):
             self.rows.update(gradient)
 
     def state_dict(self) -> dict[str, Any]:

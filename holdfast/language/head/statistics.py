@@ -48,8 +48,8 @@ class TokenStatistics:
         ``(...)``, bool, detached: the label is more probable than every other token; False where
         ignored.
     squares, cubes : Tensor, optional
-        ``(...)``, detached: ``sum_k s_k pi_k^2`` and ``sum_k s_k^2 pi_k^3``, ``s`` the ``moments``
-        that were asked for; 0 where ignored.
+        ``(...)``, detached: sums of the squares and of the cubes of all probabilities; 0 where
+        ignored.
     """
 
     logps: Tensor
@@ -68,7 +68,7 @@ def token_statistics(
     ignore_index: int = -100,
     temperature: float = 1.0,
     statistics: bool = False,
-    moments: Tensor | None = None,
+    moments: bool = False,
     tile_tokens: int | None = None,
     tile_vocab: int | None = None,
 ) -> TokenStatistics:
@@ -93,8 +93,8 @@ def token_statistics(
         The logits are divided by it. Positive.
     statistics : bool
         Also compute ``entropy`` and ``correct``.
-    moments : Tensor, optional
-        ``(vocab,)``: weights of the ids in ``squares`` and ``cubes``. By default there are neither.
+    moments : bool
+        Also compute ``squares`` and ``cubes``.
     tile_tokens, tile_vocab : int, optional
         Extent of a tile. By default chosen to fit the cache (CPU) or to keep the device busy
         (CUDA). They change the result by rounding only.
@@ -115,8 +115,6 @@ def token_statistics(
             f"hidden has shape {tuple(hidden.shape)}, not {(*labels.shape, width)}: the shape of "
             "labels, then the width of the head"
         )
-    if moments is not None and moments.shape != (vocab,):
-        raise ValueError(f"moments has shape {tuple(moments.shape)}, not {(vocab,)}")
     check_temperature(temperature)
     counted = _Counted(labels, ignore_index, vocab)
     tokens = len(counted.targets)
@@ -140,7 +138,7 @@ def dense_statistics(
     ignore_index: int = -100,
     temperature: float = 1.0,
     statistics: bool = False,
-    moments: Tensor | None = None,
+    moments: bool = False,
 ) -> TokenStatistics:
     """Log-probabilities of the labels, from logits.
 
@@ -219,20 +217,19 @@ class _Running:
 
     ``lse`` is the log-sum-exp of the logits and ``target`` the logit of the label. Only if asked
     for: ``entropy``, and ``rival``, the largest logit of any other token than the label; and
-    ``squares`` and ``cubes``, weighted moments of the softmax.
+    ``squares`` and ``cubes``, moments of the softmax.
     """
 
     def __init__(
-        self, targets: Tensor, dtype: torch.dtype, statistics: bool, moments: Tensor | None
+        self, targets: Tensor, dtype: torch.dtype, statistics: bool, moments: bool
     ) -> None:
         self.targets = targets
         self.lse = torch.full(targets.shape, -math.inf, dtype=dtype, device=targets.device)
         self.target = torch.zeros_like(self.lse)
         self.entropy = torch.zeros_like(self.lse) if statistics else None
         self.rival = self.lse.clone() if statistics else None
-        self.weights = None if moments is None else moments.to(dtype)
-        self.squares = None if moments is None else torch.zeros_like(self.lse)
-        self.cubes = None if moments is None else torch.zeros_like(self.lse)
+        self.squares = torch.zeros_like(self.lse) if moments else None
+        self.cubes = torch.zeros_like(self.lse) if moments else None
 
     def fold(self, logits: Tensor, tokens: slice, start: int) -> tuple[Tensor, Tensor]:
         """Take in the logits ``(tokens, tile)`` of the ids from ``start`` on, overwriting them.
@@ -252,7 +249,7 @@ class _Running:
             mass = exponentials.sum(1)
             tile_lse = mass.log() + largest
             merged = torch.logaddexp(lse, tile_lse)
-            self._fold_moments(exponentials, largest, tokens, start, merged)
+            self._fold_moments(exponentials, largest, tokens, merged)
             lse.copy_(merged)
             return exponentials, mass
 
@@ -276,27 +273,26 @@ class _Running:
         chosen = torch.special.entr(before) + torch.special.entr(here)
         both = before * entropy + here * tile_entropy + chosen
         torch.where(here > 0, both, entropy, out=entropy)
-        self._fold_moments(exponentials, largest, tokens, start, merged)
+        self._fold_moments(exponentials, largest, tokens, merged)
         lse.copy_(merged)
         return exponentials, mass
 
     def _fold_moments(
-        self, exponentials: Tensor, largest: Tensor, tokens: slice, start: int, merged: Tensor
+        self, exponentials: Tensor, largest: Tensor, tokens: slice, merged: Tensor
     ) -> None:
         """Moments of a tile whose exponentials are of logits less their ``largest``."""
-        if self.weights is None or self.squares is None or self.cubes is None:
+        if self.squares is None or self.cubes is None:
             return
-        weights = self.weights[start : start + exponentials.shape[1]]
-        powers = exponentials.square()
         # Where all ids so far are banned there is nothing, and -inf - -inf must not become NaN.
         nothing = merged.isneginf()
         before, here = (
             (x - merged).masked_fill_(nothing, -math.inf) for x in (self.lse[tokens], largest)
         )
+        powers = exponentials.square()
         squares, cubes = self.squares[tokens], self.cubes[tokens]
-        squares.mul_((2 * before).exp_()).add_((2 * here).exp_() * (powers @ weights))
+        squares.mul_((2 * before).exp_()).add_((2 * here).exp_() * powers.sum(1))
         powers.mul_(exponentials)
-        cubes.mul_((3 * before).exp_()).add_((3 * here).exp_() * (powers @ weights.square()))
+        cubes.mul_((3 * before).exp_()).add_((3 * here).exp_() * powers.sum(1))
 
     def fold_all(
         self, logits: Tensor, activation: Activation, *, keep: bool
@@ -356,7 +352,7 @@ class _TiledLogps(torch.autograd.Function):
         activation: Activation,
         extent: tuple[int, int],
         statistics: bool,
-        moments: Tensor | None,
+        moments: bool,
     ) -> tuple[Tensor | None, ...]:
         operands, sums = operand_dtypes(hidden, weight)
         tile_tokens, tile_vocab = extent
@@ -450,7 +446,7 @@ class _DenseLogps(torch.autograd.Function):
         targets: Tensor,
         activation: Activation,
         statistics: bool,
-        moments: Tensor | None,
+        moments: bool,
     ) -> tuple[Tensor | None, ...]:
         sums = torch.promote_types(logits.dtype, torch.float32)
         running = _Running(targets, sums, statistics, moments)

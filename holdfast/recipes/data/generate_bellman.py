@@ -40,7 +40,7 @@ START = np.array([1.0, 1.0, 0.15, 1.5])
 
 
 def grid() -> TabularMDP:
-    return TabularMDP.gridworld(4, 4, GRID_DISCOUNT, slip=0.2)
+    return TabularMDP.gridworld(4, 4, GRID_DISCOUNT, slip=0.2, goal=20.0)
 
 
 def buses() -> TabularMDP:
@@ -61,6 +61,7 @@ def offline_rows() -> Iterable[Sequence[Any]]:
 def bus_rows(count: int = 100, months: int = 50) -> Iterable[Sequence[Any]]:
     yield "bus", "month", "mileage", "replace"
     found = buses().sample_trajectories(count, months, seed=0)
+    assert found.trajectory is not None
     month = np.arange(len(found)) % months
     yield from zip(found.trajectory, month, found.state, found.action, strict=True)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from holdfast.language.guards import RowMoments, curvature_mask
+from holdfast.language.guards import CurvatureGuard, RowMoments, curvature, curvature_mask
 from holdfast.language.guards.curvature import predicted_shifts, within
 from holdfast.language.head import Head, dense_statistics, token_statistics
 
@@ -26,21 +26,36 @@ class Problem:
         self.weight, self.hidden = normal(VOCAB, WIDTH), normal(TOKENS, WIDTH)
         self.advantages = normal(TOKENS)
         self.actions = torch.randint(VOCAB, (TOKENS,), generator=draw)
-        self.scales = normal(VOCAB).exp() if scaled else torch.ones(VOCAB, dtype=torch.float64)
+        self.rows = None
+        if scaled:
+            self.rows = RowMoments(VOCAB, WIDTH)
+            for _ in range(3):
+                self.rows.update(normal(VOCAB, WIDTH) * normal(VOCAB, 1))
         self.logits = self.hidden @ self.weight.T
         self.norms = self.hidden.norm(dim=-1)
 
     def shifts(self, rate: float):
-        statistics = dense_statistics(self.logits, self.actions, moments=self.scales)
-        scales = self.scales[self.actions]
-        return predicted_shifts(statistics, scales, self.advantages, self.norms, learning_rate=rate)
+        known = (self.advantages, self.norms)
+        if self.rows is not None:
+            return self.rows.shifts(self.logits, self.actions, *known, learning_rate=rate)
+        statistics = dense_statistics(self.logits, self.actions, moments=True)
+        return predicted_shifts(statistics, *known, learning_rate=rate)
+
+    def step(self, token: int) -> torch.Tensor:
+        """The direction ``(vocab, width)`` of the step on one token, per unit of learning rate."""
+        residual = -self.logits[token].softmax(-1)
+        residual[self.actions[token]] += 1
+        gradient = self.advantages[token] * residual[:, None] * self.hidden[token]
+        if self.rows is None:
+            return gradient
+        # Adam, after this gradient has gone into moments that are means over a row.
+        second = 0.999 * self.rows.average.double() + 0.001 * gradient.square().mean(-1)
+        root = (second / (1 - 0.999**4)).sqrt() + 1e-8
+        return gradient * (0.1 / (1 - 0.9**4)) / root[:, None]
 
     def log_ratio(self, token: int, rate: torch.Tensor) -> torch.Tensor:
         """Of all ids, after the step on one token."""
-        hidden, action = self.hidden[token], self.actions[token]
-        residual = torch.eye(VOCAB, dtype=torch.float64)[action] - self.logits[token].softmax(-1)
-        step = self.advantages[token] * (self.scales * residual)[:, None] * hidden
-        moved = (self.weight + rate * step) @ hidden
+        moved = (self.weight + rate * self.step(token)) @ self.hidden[token]
         return moved.log_softmax(-1) - self.logits[token].log_softmax(-1)
 
 
@@ -96,7 +111,7 @@ def test_the_closed_form_is_that_of_whole_gradients(seed, scaled):
     policy = problem.logits.softmax(-1)
     v = torch.eye(VOCAB, dtype=torch.float64)[problem.actions] - policy
     gradient = torch.einsum("t,tv,tw->tvw", problem.advantages, v, problem.hidden)
-    step = problem.scales[:, None] * gradient
+    step = torch.stack([problem.step(token) for token in range(TOKENS)])
     u = torch.einsum("tvw,tw->tv", step, problem.hidden)
     along = (v * u).sum(-1)
     fisher = (policy * u.square()).sum(-1) - (policy * u).sum(-1).square()
@@ -113,16 +128,15 @@ def test_tiles_of_the_head_see_the_same_shifts_as_logits():
     head = Head(torch.randn(40, 8, generator=draw), torch.randn(40, generator=draw), 0.7)
     labels = torch.randint(40, (3, 5), generator=draw)
     labels[0, 2:] = -100
-    scales = torch.rand(40, generator=draw)
     logits = 0.7 * (hidden @ head.weight.T + head.bias)
-    dense = dense_statistics(logits, labels, temperature=0.8, moments=scales)
+    dense = dense_statistics(logits, labels, temperature=0.8, moments=True)
     for statistics in (False, True):
         tiled = token_statistics(
             hidden,
             head,
             labels,
             temperature=0.8,
-            moments=scales,
+            moments=True,
             statistics=statistics,
             tile_tokens=4,
             tile_vocab=7,
@@ -130,9 +144,9 @@ def test_tiles_of_the_head_see_the_same_shifts_as_logits():
         assert_close(tiled.squares, dense.squares)
         assert_close(tiled.cubes, dense.cubes)
     policy = (logits / 0.8).softmax(-1)
-    expected = (scales * policy.square()).sum(-1).masked_fill(labels < 0, 0.0)
+    expected = policy.square().sum(-1).masked_fill(labels < 0, 0.0)
     assert_close(dense.squares, expected)
-    expected = (scales.square() * policy**3).sum(-1).masked_fill(labels < 0, 0.0)
+    expected = (policy**3).sum(-1).masked_fill(labels < 0, 0.0)
     assert_close(dense.cubes, expected)
 
 
@@ -143,7 +157,7 @@ def test_banned_ids_leave_no_trace_in_the_moments():
         torch.zeros(1, 1),
         head,
         torch.tensor([3]),
-        moments=torch.ones(4),
+        moments=True,
         tile_tokens=1,
         tile_vocab=2,
     )
@@ -209,28 +223,54 @@ def test_a_floor_asks_for_an_improvement_and_nan_is_within_nothing():
     assert not within(problem.shifts(1e-3), 1.0, 1.0)[0]
 
 
-def test_row_moments_are_those_of_adam_over_a_row():
+def test_row_moments_are_those_of_adam_where_a_row_has_one_element():
     draw = torch.Generator().manual_seed(0)
-    weight = torch.nn.Parameter(torch.zeros(5, 3))
-    optimizer = torch.optim.Adam([weight], betas=(0.9, 0.99))
-    moments = RowMoments(5, beta=0.99)
-    assert torch.equal(moments.scales(), torch.ones(5))
+    weight = torch.nn.Parameter(torch.zeros(5, 1))
+    optimizer = torch.optim.Adam([weight], lr=1.0, betas=(0.0, 0.99))
+    moments = RowMoments(5, 1, (0.0, 0.99))
     for _ in range(4):
-        weight.grad = torch.randn(5, 3, generator=draw)
+        weight.grad = torch.randn(5, 1, generator=draw)
+        before = weight.detach().clone()
+        expected = -weight.grad * moments.scales(weight.grad.square().T).T
         optimizer.step()
+        assert_close(weight.detach() - before, expected)
         moments.update(weight.grad)
-    state = optimizer.state[weight]
-    corrected = state["exp_avg_sq"].mean(-1) / (1 - 0.99**4)
-    assert_close(moments.scales(), 1 / (corrected.sqrt() + 1e-8))
-    again = RowMoments(5, beta=0.99)
+    again = RowMoments(5, 1, (0.0, 0.99))
     again.load_state_dict(moments.state_dict())
-    assert torch.equal(again.scales(), moments.scales())
+    assert torch.equal(again.scales(torch.ones(5)), moments.scales(torch.ones(5)))
 
 
-def test_a_row_without_gradient_does_not_move_without_bound():
-    moments = RowMoments(3, beta=0.9)
-    moments.update(torch.tensor([[1.0], [1.0], [0.0]]))
-    assert moments.scales()[2] < 10
+def test_rows_that_were_never_moved_do_not_move_without_bound():
+    """Adam's first step is of the size of the learning rate, whatever the gradient is."""
+    problem = Problem(1)
+    problem.rows = RowMoments(VOCAB, WIDTH)
+    for scale in (1e-3, 1e3):
+        problem.advantages = scale * torch.ones(TOKENS, dtype=torch.float64)
+        sizes = [problem.rows.scales((g := problem.step(0)).square().mean(-1)), g]
+        assert all(part.isfinite().all() for part in sizes)
+        step = problem.shifts(1e-3)
+        assert step.policy.max() < (1e-3 * WIDTH * 10) ** 2 * problem.norms.max() ** 2
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+def test_a_step_of_adam_in_tiles_is_that_of_all_logits(size, monkeypatch):
+    monkeypatch.setattr(curvature, "_ELEMENTS", size * VOCAB)
+    problem = Problem(3, scaled=True)
+    head = Head(problem.weight)
+    labels = problem.actions.clone()
+    labels[2] = -100
+    statistics = token_statistics(problem.hidden, head, labels, moments=True)
+    found = CurvatureGuard(0.05, 1e9, 1e9, rows=problem.rows)
+    known = (problem.advantages, problem.hidden, head, labels, 1.0)
+    mask, metrics = found(statistics, *known)
+    expected = problem.shifts(0.05)
+    counted = labels >= 0
+    assert torch.equal(mask, counted)
+    assert_close(
+        metrics["curvature/policy_shift"][0], expected.policy[counted].sum(), rtol=1e-5, atol=0
+    )
+    sizes = expected.objective[counted].abs().sum()
+    assert_close(metrics["curvature/objective_shift"][0], sizes, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize(
