@@ -84,7 +84,7 @@ def test_interleaves_are_built_as_written(tmp_path):
     override = f"schedule={{kind: interleave, ratio: 2, {pair}}}"
     fixed = build_schedule(load_recipe(recipe, [override]), {})
     assert isinstance(fixed, Interleave)
-    assert fixed.cycle == [({"sft": 1.0, "dpo": 1.0}, 1), ({"dpo": 1.0}, 6)]
+    assert fixed.cycle == [({"sft": 1.0, "dpo": 1.0}, 1), ({"dpo": 1.0}, 5)]
     override = f"schedule={{kind: adaptive_interleave, form: root, maximum: 7, {pair}}}"
     adaptive = build_schedule(load_recipe(recipe, [override]), {})
     assert isinstance(adaptive, AdaptiveInterleave)

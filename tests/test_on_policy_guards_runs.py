@@ -174,7 +174,7 @@ def test_a_run_with_every_memory_resumes_bit_for_bit(tmp_path):
         "use_adaptive_entropy": True,
         "entropy_coef": 0.01,
         "entropy_target": 5.55,
-        "curvature_mask": {"objective_limit": 30.0, "policy_limit": 10.0, "optimizer": "adam"},
+        "curvature_mask": {"objective_limit": 0.088, "policy_limit": 10.0, "optimizer": "adam"},
         "imitation": {"kind": "solve_rate_gate", "action": "buffer", "threshold": 2},
         "data": {"path": "prompts.jsonl", "held_out": 6, "probe": 4, "max_rows": 16},
     }
@@ -192,7 +192,8 @@ def test_a_run_with_every_memory_resumes_bit_for_bit(tmp_path):
         described = json.loads((run / "run.json").read_text())
         (run / "run.json").write_text(json.dumps(described | {"status": "stopped"}))
         runs.resume(run)
-        assert metrics(run) == recorded and 0 < recorded[-1]["curvature/masked"] < 1
+        assert metrics(run) == recorded
+        assert any(0 < step["curvature/masked"] < 1 for step in recorded[3:])
         assert all(torch.equal(weights(run, 8)[name], value) for name, value in expected.items())
 
 

@@ -374,8 +374,9 @@ def test_a_minari_set_names_what_is_wrong_and_the_step(tmp_path, kind):
         read("nan", {"rewards": np.array([np.nan, 1.0])})
     with pytest.raises(DataError, match="episode.*0.*rewards"):
         read("missing", drop="rewards")
-    with pytest.raises(DataError, match="episode 1: 2 observations for 2 actions"):
-        read("gap", {"observations": np.array([0, 1])})
+    if kind == "hdf5":  # Arrow's columns are of one length
+        with pytest.raises(DataError, match="episode 1: 2 observations for 2 actions"):
+            read("gap", {"observations": np.array([0, 1])})
     with pytest.raises(DataError, match="anchor action 2 is never observed.*episode 0, step 0"):
         read("anchor", anchor_action=2)
 

@@ -154,6 +154,5 @@ def test_negative_controls_do_not_look_like_the_measurement():
     measured = found["measured"]
     assert measured.control == 0.0 and found["constant step"].control == 0.0
     assert (found["own order"].epsilon > 2 * measured.epsilon).all()
-    errors = {name: each.optimisation_error.mean(1)[-1] for name, each in found.items()}
-    assert not errors["common step"] < 2 * errors["measured"]
+    assert (found["common step"].epsilon > 1.5 * measured.epsilon).all()
     assert found["own order"].control > 0.0
