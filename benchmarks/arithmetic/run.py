@@ -94,10 +94,26 @@ def run_cell(cell: Cell) -> dict[str, Any]:
             "p99": float(np.percentile(norms, 99)) if norms else None,
             "median": float(np.median(norms)) if norms else None,
         },
+        "intervened": _intervened(train, recipe.training.max_grad_norm),
         "refused": sum(line["kind"] == "event" for line in lines),
         "stopped": stopped,
         "seconds": round(seconds, 2),
     }
+
+
+def _intervened(train: list[dict[str, Any]], clip: float | None) -> float | None:
+    """Share of updates that a guard scaled, or of tokens that one masked; ``None`` without one."""
+    shares: list[float] = []
+    for line in train:
+        shares += [entry["factor"] < 1 for entry in line.get("guards", {}).values()]
+        shares += [
+            objective["metrics"]["curvature/masked"]
+            for objective in line["objectives"].values()
+            if "curvature/masked" in objective["metrics"]
+        ]
+        if clip is not None:
+            shares.append((line["grad_norm"] or 0.0) > clip)
+    return round(float(np.mean(shares)), 4) if shares else None
 
 
 def run_cells(results: Results, cells: Iterable[Cell], workers: int, deadline: float) -> bool:
