@@ -17,7 +17,6 @@ from torch import Tensor
 from holdfast.joint.guards import binary_radius
 from holdfast.joint.objective import Along, Spread
 from holdfast.language.data import Encoded, Preference, collate
-from holdfast.language.guards.radius import softmax_radius
 from holdfast.language.head.tiles import Activation, Head, tile_sizes, tiles
 
 
@@ -170,8 +169,8 @@ class _Rates:
             # Both carry NaN on, where leaving it out would leave the token without a bound.
             lowest = torch.minimum(lowest, low.amin(-1))
             highest = torch.maximum(highest, high.amax(-1))
-        found = softmax_radius(torch.stack([lowest, highest], dim=-1))
-        # Where everything was left out nothing is bounded; infinite rates are a failure.
+        # Where everything was left out the spread is below 0, and nothing is bounded.
+        found = math.pi / (highest - lowest).clamp(min=0.0)
         broken = lowest.isnan() | highest.isnan() | lowest.isneginf() | highest.isposinf()
         return found.masked_fill(broken, math.nan)
 
