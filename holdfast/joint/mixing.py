@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from holdfast.joint.geometry import Gradient, inner_products, smoothed
+from holdfast.joint.geometry import Gradient, inner_products, restricted, shared, smoothed
 from holdfast.joint.turn import Probe, Turn
 
 if TYPE_CHECKING:  # torch is slow to import and recipes are checked without it
@@ -127,7 +127,9 @@ class NoiseAware:
     :func:`noise_aware_weight` are running averages: the variance of an objective's gradient is half
     the squared distance of two in a row, and the disagreement is the squared distance of the two
     objectives' gradients less both variances. ``mu`` is a blend of a cosine prior and of the slow
-    average of what they say, and moves by at most ``cap`` a step.
+    average of what they say, and moves by at most ``cap`` a step. All is measured on the parameters
+    that both objectives are of: a critic that reinforcement alone trains says nothing of how the
+    policy is to be mixed.
 
     It costs one copy of the trainable parameters for each of the two objectives.
 
@@ -221,12 +223,14 @@ class NoiseAware:
         pass
 
     def watch(self, gradients: Mapping[str, Gradient], parameters: Sequence[Tensor]) -> None:
-        one, other = (gradients[name] for name in self.objectives)
+        mask = shared([gradients[name] for name in self.objectives])
+        parts = {name: restricted(gradients[name], mask) for name in self.objectives}
+        one, other = parts.values()
         pairs = [(one, one), (other, other), (one, other)]
         seen = [name for name in self.objectives if name in self._before]
         for name in seen:
-            before = _beside(self._before[name], gradients[name])
-            pairs += [(gradients[name], before), (before, before)]
+            before = _beside(self._before[name], parts[name])
+            pairs += [(parts[name], before), (before, before)]
         products = inner_products(pairs)
         if not all(map(math.isfinite, products)):
             return  # A refused step must not decide every step that follows.
@@ -236,8 +240,8 @@ class NoiseAware:
             across, earlier = products[3 + 2 * index : 5 + 2 * index]
             self._average(f"variance/{name}", 0.5 * (squares[name] + earlier) - across)
         self._before = {
-            name: [None if part is None else part.detach().clone() for part in gradients[name]]
-            for name in self.objectives
+            name: [None if part is None else part.detach().clone() for part in gradient]
+            for name, gradient in parts.items()
         }
 
     def _average(self, name: str, value: float) -> None:

@@ -133,8 +133,9 @@ class Hints(Imitation):
 class SolveRateGate(Imitation):
     """A prompt that the policy solves too rarely is learnt from its demonstration.
 
-    A completion solves its prompt with a reward above ``solved_above``. What happens to a group of
-    which at most ``threshold`` completions do:
+    A completion solves its prompt with a reward above ``solved_above``; a prompt none of whose
+    completions was judged is not known to be unsolved. What happens to a group of which at most
+    ``threshold`` completions do:
 
     - ``imitate``: the demonstration takes the place of the group, whose own completions leave the
       normaliser. "Towards a Unified View of Large Language Model Post-Training" (HPT), with a
@@ -206,7 +207,8 @@ class SolveRateGate(Imitation):
         ]
 
     def _fails(self, group: Sequence[Rollout]) -> bool:
-        return sum(row.reward > self.solved_above for row in group) <= self.threshold
+        judged = [row.reward for row in group if not math.isnan(row.reward)]
+        return bool(judged) and sum(r > self.solved_above for r in judged) <= self.threshold
 
     def _row(self, instead: Rollout) -> Rollout:
         """In the place of a completion, whose reward stays in the record."""

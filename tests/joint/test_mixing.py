@@ -115,6 +115,18 @@ def test_the_prior_alone_is_followed_where_all_of_the_blend_is_its():
     )
 
 
+def test_a_critic_that_one_objective_alone_trains_is_no_part_of_what_is_measured():
+    plain, other = make(), make()
+    for step in range(6):
+        gradients = noisy(0, step, (0.5, 2.0))
+        critic = 100.0 * torch.randn(7, generator=torch.Generator().manual_seed(step))
+        for schedule in (plain, other):
+            schedule.next(never)
+        plain.watch(gradients, [])
+        other.watch({"sft": [*gradients["sft"], None], "rl": [*gradients["rl"], critic]}, [])
+    assert plain.estimates == other.estimates
+
+
 def test_gradients_that_are_not_finite_leave_no_trace():
     schedule = make()
     run(schedule, 5)

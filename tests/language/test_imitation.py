@@ -65,6 +65,16 @@ def test_the_threshold_says_how_many_may_be_solved(threshold, exchanged):
     assert sum(row.demonstration for row in higher) == 3
 
 
+@pytest.mark.parametrize("action", ["imitate", "replace", "buffer"])
+def test_a_prompt_that_nobody_judged_is_not_known_to_be_unsolved(action):
+    unjudged = group(3, [math.nan] * 3)
+    gate = SolveRateGate(GIVEN, action=action, threshold=2)
+    assert gate.admit(unjudged, 3, scored) == unjudged and not gate.buffer
+    partly = group(3, [math.nan, 0.0, math.nan])
+    found = gate.admit(partly, 3, scored)
+    assert found[0].demonstration or gate.buffer == ["rows:3"]
+
+
 def test_replacing_takes_one_place_and_leaves_the_others_without_advantage():
     found = SolveRateGate(GIVEN, action="replace").admit(ROWS, 3, scored)
     assert found[0].demonstration and [row.counted for row in found[1:3]] == [2, 2]

@@ -58,6 +58,16 @@ def test_masked_tokens_leave_loss_and_normaliser(temperature):
     kept, everything = sum(int(m.sum()) for m in masks), sum(len(m) for m in masks)
     assert 0 < kept < everything and terms.count == kept
     assert terms.metrics["curvature/masked"].tolist() == [everything - kept, everything]
+    dropped = [
+        (
+            dense_logps(policy, row, temperature).detach()[~mask].exp(),
+            row.signals["advantages"][~mask],
+        )
+        for row, mask in zip(rows, masks, strict=True)
+    ]
+    for name, values in zip(("probability", "advantage"), zip(*dropped, strict=True), strict=True):
+        expected = torch.tensor([float(torch.cat(values).sum()), everything - kept]).double()
+        assert_close(terms.metrics[f"curvature/masked_{name}"], expected, rtol=1e-4, atol=1e-5)
     total = -sum(
         ((logps - logps.detach()).exp() * row.signals["advantages"] * mask).sum()
         for row, mask in zip(rows, masks, strict=True)

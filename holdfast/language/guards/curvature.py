@@ -326,7 +326,9 @@ class CurvatureGuard:
             ``(...)``, bool.
         metrics : dict of str to Tensor
             Over counted tokens, each ``(2,)``, a sum and its count: ``curvature/masked`` (a share),
-            ``curvature/objective_shift`` (its size) and ``curvature/policy_shift``.
+            ``curvature/objective_shift`` (its size) and ``curvature/policy_shift``. Over masked
+            tokens, for which ones they are: ``curvature/masked_probability`` and
+            ``curvature/masked_advantage``.
         """
         mask = statistics.mask
         with torch.no_grad():
@@ -358,6 +360,13 @@ class CurvatureGuard:
                 name: torch.stack([values.double().masked_fill(~mask, 0.0).sum(), count])
                 for name, values in found.items()
             }
+            of_masked = {
+                "curvature/masked_probability": statistics.logps.exp(),
+                "curvature/masked_advantage": advantages,
+            }
+            many = dropped.sum().double()
+            for name, values in of_masked.items():
+                metrics[name] = torch.stack([values[dropped].double().sum(), many])
         return mask & ~dropped, metrics
 
     def _adam(

@@ -2,7 +2,8 @@
 
 A filter changes the advantages of some tokens and says which: it leaves a flag ``guard/NAME`` for
 every token, whose share is in the metrics. Because it sees a batch of rollouts whole, what it does
-does not depend on how the batch is cut into steps, micro-batches or ranks.
+does not depend on how the batch is cut into steps, micro-batches or ranks. Hints, which the data
+gave and nobody drew, are no part of means, shares or choices.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ class OutlierFilter:
         check_positive(limit=self.limit)
 
     def __call__(self, rollouts: Sequence[Rollout], num_generations: int) -> list[Rollout]:
-        everything = torch.cat([row.signals["advantages"] for row in rollouts])
+        everything = torch.cat([row.signals["advantages"][row.hint :] for row in rollouts])
         mean, deviation = everything.mean(), everything.std(correction=0)
 
         def far(row: Rollout) -> Tensor:
-            return (row.signals["advantages"] - mean).abs() > self.limit * deviation
+            return _drawn(row) & ((row.signals["advantages"] - mean).abs() > self.limit * deviation)
 
         return [_without(row, far(row), "advantage_filter") for row in rollouts]
 
@@ -98,7 +99,8 @@ class SmoothedAdvantages:
             total = 0.0 if math.isnan(row.reward) else (row.reward - mean) / deviation
             one = ((visits - 1) * new + total) / visits
             other = (new + (visits - 1) * total) / visits
-            chosen = torch.where(one.abs() <= other.abs(), one, other)
+            gentler = torch.where(one.abs() <= other.abs(), one, other)
+            chosen = torch.where(_drawn(row), gentler, new)
             smoothed.append(_flagged(_with(row, advantages=chosen), "smoothed", chosen != new))
         return smoothed
 
@@ -115,12 +117,14 @@ class SmoothedAdvantages:
 def covariances(rollouts: Sequence[Rollout]) -> Tensor:
     """``(A - mean A) (log pi - mean log pi)`` of all tokens, one rollout after another.
 
-    Under the policy that sampled. Cui et al., "The Entropy Mechanism of Reinforcement Learning for
-    Reasoning Language Models": where it is large, an update lowers the entropy most.
+    Under the policy that sampled; NaN at hints. Cui et al., "The Entropy Mechanism of Reinforcement
+    Learning for Reasoning Language Models": where it is large, an update lowers the entropy most.
     """
+    drawn = torch.cat([_drawn(row) for row in rollouts])
     advantages = torch.cat([row.signals["advantages"] for row in rollouts])
     logps = torch.cat([row.signals["old_logps"] for row in rollouts]).to(advantages.dtype)
-    return (advantages - advantages.mean()) * (logps - logps.mean())
+    advantages, logps = (x.masked_fill(~drawn, math.nan) for x in (advantages, logps))
+    return (advantages - advantages.nanmean()) * (logps - logps.nanmean())
 
 
 class ClipCov:
@@ -152,7 +156,7 @@ class ClipCov:
     def __call__(self, rollouts: Sequence[Rollout], num_generations: int) -> list[Rollout]:
         cov = covariances(rollouts)
         fitting = ((self.lowest < cov) & (cov < self.highest)).nonzero().squeeze(-1).tolist()
-        wanted = min(len(fitting), math.ceil(self.share * len(cov)))
+        wanted = min(len(fitting), _share_of(cov, self.share))
         draw = random.Random(f"clip-cov/{self.seed}/{self.batches}")
         self.batches += 1
         chosen = torch.zeros(len(cov), dtype=torch.bool)
@@ -188,9 +192,20 @@ class KlCov:
     def __call__(self, rollouts: Sequence[Rollout], num_generations: int) -> list[Rollout]:
         cov = covariances(rollouts)
         chosen = torch.zeros(len(cov), dtype=torch.bool)
-        chosen[cov.topk(math.ceil(self.share * len(cov))).indices] = True
+        # NaN would be the largest of all.
+        chosen[cov.nan_to_num(-math.inf).topk(_share_of(cov, self.share)).indices] = True
         parts = chosen.split([row.counted for row in rollouts])
         return [_flagged(row, "kl_cov", part) for row, part in zip(rollouts, parts, strict=True)]
+
+
+def _share_of(cov: Tensor, share: float) -> int:
+    """A share of the tokens that were drawn."""
+    return math.ceil(share * int((~cov.isnan()).sum()))
+
+
+def _drawn(row: Rollout) -> Tensor:
+    """``(counted,)``, bool: all tokens but those of a hint."""
+    return torch.arange(row.counted) >= row.hint
 
 
 def _without(row: Rollout, dropped: Tensor, name: str) -> Rollout:

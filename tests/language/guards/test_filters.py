@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -130,6 +131,43 @@ def test_no_token_in_the_bounds_leaves_all_as_they_are():
     found = ClipCov(0.5, 1e6, 1e7)(rollouts(), 2)
     assert not joined(found, "guard/clip_cov").any()
     assert torch.equal(joined(found, "advantages"), joined(rollouts(), "advantages"))
+
+
+def hinted(rows):
+    """The same rollouts after two tokens of the data, with odd signals that must not matter."""
+    found = []
+    for row in rows:
+        ids = np.concatenate([row.tokens.input_ids[:1], [7, 7], row.tokens.input_ids[1:]])
+        tokens = Encoded(ids.astype(np.int32), np.arange(len(ids)) > 0)
+        signals = {
+            name: torch.cat([torch.full((2,), odd), row.signals[name]])
+            for name, odd in (("advantages", 0.0), ("old_logps", -50.0))
+        }
+        found.append(replace(row, tokens=tokens, hint=2, signals=signals))
+    return found
+
+
+FILTERS = [
+    lambda: OutlierFilter(1.0),
+    lambda: SmoothedAdvantages(),
+    lambda: ClipCov(share=0.3, lowest=-9.0, highest=9.0),
+    lambda: KlCov(share=0.3),
+]
+
+
+@pytest.mark.parametrize("make", FILTERS)
+def test_hints_have_no_part_in_what_a_filter_does(make):
+    one, other = make(), make()
+    for visit in range(2):
+        rows = rollouts((0.0, 1.0, float(visit), 0.25), seed=visit)
+        plain, given = one(rows, 2), other(hinted(rows), 2)
+        assert plain[0].signals.keys() == given[0].signals.keys()
+        for left, right in zip(plain, given, strict=True):
+            for name, values in left.signals.items():
+                assert_close(right.signals[name][2:], values)
+            assert not right.signals["advantages"][:2].any()
+            flags = (name for name in right.signals if name.startswith("guard/"))
+            assert not any(right.signals[name][:2].any() for name in flags)
 
 
 def test_kl_cov_marks_the_largest_and_changes_no_advantage():
