@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from holdfast.bellman.aligned import AlignedLinear
+
 
 class Approximator(Protocol):
     """Q and zeta on separate parameters, for replicas that never mix."""
@@ -128,4 +130,5 @@ def _apply(module: nn.Module, flat: Tensor, state: Tensor) -> Tensor:
     for name, each in module.named_parameters():
         parameters[name] = flat[:, start : start + each.numel()].view(-1, *each.shape)
         start += each.numel()
-    return vmap(lambda own, rows: functional_call(module, own, (rows,)))(parameters, state)
+    with AlignedLinear():
+        return vmap(lambda own, rows: functional_call(module, own, (rows,)))(parameters, state)

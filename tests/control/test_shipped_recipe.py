@@ -30,8 +30,9 @@ def test_the_demonstrations_are_those_of_the_generator(generator):
     made, shipped = generator.demonstrations(), read_demonstrations(DATA / generator.FILE)
     assert len(made) == len(shipped) == generator.EPISODES
     for one, other in zip(made, shipped, strict=True):
-        np.testing.assert_array_equal(one.observations, other.observations)
-        np.testing.assert_array_equal(one.actions, other.actions)
+        # Processors differ in the last bits.
+        np.testing.assert_allclose(one.observations, other.observations, atol=1e-4)
+        np.testing.assert_allclose(one.actions, other.actions, atol=1e-4)
         assert one.success and other.success
 
 
