@@ -48,14 +48,15 @@ def assemble_bellman(
     Raises
     ------
     HoldfastError
-        For a file or an entry that cannot be used, or rates with which descent-ascent leaves the
-        saddle of a table.
+        For a file or an entry that cannot be used, rows that leave values of a table free, or rates
+        with which descent-ascent leaves its saddle.
     """
     spec = recipe.policy
     assert isinstance(spec, schema.SoftQSpec)
     read = _read(recipe)
     for name, rows in read.items():
         say(f"{name}: {len(rows)} transitions of {_spec(recipe, name).data.path}")
+    _check_covered(recipe, read)
     policy = _policy(spec, read, recipe.training.seed).to(accelerator.device)
     reference = _reference(recipe, read)
     objectives = {
@@ -246,6 +247,39 @@ def _problem(
         rows = replace(rows, **wide)
     start = _policy(policy, {name: rows}, recipe.training.seed)
     return SaddleProblem(rows, spec.discount, Networks(start.q, start.zeta), anchor, weight)
+
+
+def _check_covered(recipe: schema.Recipe, read: dict[str, Transitions]) -> None:
+    """Refuse a table that Bellman terms alone are to fit where some pair has no row.
+
+    Its value would stay at 0 and enter those of all states that lead there. The likelihood of
+    choices tells of such pairs, if only that they are worth little, so with one nothing is refused
+    but anchors: they alone hold values down.
+    """
+    policy = recipe.policy
+    assert isinstance(policy, schema.SoftQSpec)
+    if policy.states is None:
+        return
+    chosen = any(isinstance(spec, schema.ChoiceSpec) for spec in recipe.objectives.values())
+    for name, transitions in read.items():
+        spec = _spec(recipe, name)
+        rows = transitions[_parts(name, spec, len(transitions))[0]]
+        needed = np.zeros(policy.actions, bool)
+        if isinstance(spec, schema.AnchorSpec):
+            needed[spec.anchor_action] = True
+        elif isinstance(spec, schema.BellmanSpec) and not chosen:
+            needed[:] = True
+        entered = rows.entered(policy.states)
+        counts = rows.counts(policy.states, policy.actions)
+        missing = np.argwhere((counts == 0) & entered[:, None] & needed)
+        if len(missing):
+            state, action = missing[0]
+            raise DataError(
+                f"objectives.{name}.data: {spec.data.path}: state {state} with action {action} "
+                f"does not occur among the {len(rows)} rows that are trained on ({len(missing)} "
+                "such pairs), so nothing determines its value; give more rows, fewer held_out, or "
+                "observations instead of policy.states"
+            )
 
 
 def _reference(recipe: schema.Recipe, read: dict[str, Transitions]) -> SaddleReference | None:

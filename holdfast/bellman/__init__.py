@@ -1,6 +1,8 @@
 """Values and rewards from logged decisions."""
 
-from holdfast.bellman.bus import nfxp
+from holdfast.bellman.bus import nfxp, nfxp_shift
+from holdfast.bellman.draws import CoverageError
+from holdfast.bellman.estimators.replaced import ParameterShift, parameter_shift
 from holdfast.bellman.generalization import GeneralizationResult, measure_generalization
 from holdfast.bellman.influence import Influence, measure_influence, rank_influence
 from holdfast.bellman.inverse import inverse_reward, inverse_values
@@ -29,12 +31,14 @@ from holdfast.bellman.transitions import Transitions
 
 __all__ = [
     "Constant",
+    "CoverageError",
     "GeneralizationResult",
     "Harmonic",
     "Influence",
     "Linear",
     "Margin",
     "Networks",
+    "ParameterShift",
     "SaddleProblem",
     "SaddleSolution",
     "Sgda",
@@ -58,6 +62,8 @@ __all__ = [
     "measure_stability",
     "mlp",
     "nfxp",
+    "nfxp_shift",
+    "parameter_shift",
     "rank_influence",
     "recovered_reward",
     "saddle_of_values",

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from holdfast.bellman.estimators.choice_model import ChoiceModel, Solution
 from holdfast.bellman.estimators.nfxp import nested_fixed_point
+from holdfast.bellman.estimators.replaced import ParameterShift, parameter_shift
 from holdfast.errors import DataError
 
 if TYPE_CHECKING:
@@ -164,17 +165,8 @@ def nfxp(frame: pandas.DataFrame, *, discount: float, bins: int) -> BusEstimate:
     TrainingError
         If the choices do not determine the two parameters.
     """
-    if not 0 <= discount < 1:
-        raise ValueError(f"discount is {discount}: it must lie in [0, 1)")
-    if isinstance(bins, bool) or not isinstance(bins, (int, np.integer)) or bins < 2:
-        raise ValueError(f"bins is {bins!r}: it must be an integer of at least 2")
-    state, action, usage = _decisions(frame, int(bins))
-    increments = np.bincount(usage).astype(np.float64)
-    counts = np.zeros((int(bins), 2))
-    np.add.at(counts, (state, action), 1)
+    model, counts, increments = _counted(frame, discount, bins)
     probabilities = increments / increments.sum()
-
-    model = bus_model(probabilities, discount=discount, bins=int(bins))
     estimate = nested_fixed_point(model, counts)
     cross = np.stack(
         [
@@ -198,9 +190,38 @@ def nfxp(frame: pandas.DataFrame, *, discount: float, bins: int) -> BusEstimate:
         transition_log_likelihood=float(
             np.sum(increments * np.log(np.where(increments > 0, probabilities, 1)))
         ),
-        observations=len(state),
+        observations=int(counts.sum()),
         solution=estimate.solution,
     )
+
+
+def nfxp_shift(
+    frame: pandas.DataFrame, *, discount: float, bins: int, draws: int = 4, seed: int = 0
+) -> ParameterShift:
+    """How far :func:`nfxp` would move, had one decision been another.
+
+    The increments' probabilities are kept. Parameters are ``(replacement_cost, cost_slope)``, and
+    those of the frame, with errors, as of :func:`nfxp`; the rest as of
+    :func:`~holdfast.bellman.estimators.replaced.parameter_shift`.
+    """
+    model, counts, _ = _counted(frame, discount, bins)
+    return parameter_shift(model, counts, draws=draws, seed=seed)
+
+
+def _counted(
+    frame: pandas.DataFrame, discount: float, bins: int
+) -> tuple[ChoiceModel, Array, Array]:
+    """The model, counts ``(bins, 2)`` of choices, and counts ``(J,)`` of increments."""
+    if not 0 <= discount < 1:
+        raise ValueError(f"discount is {discount}: it must lie in [0, 1)")
+    if isinstance(bins, bool) or not isinstance(bins, (int, np.integer)) or bins < 2:
+        raise ValueError(f"bins is {bins!r}: it must be an integer of at least 2")
+    state, action, usage = _decisions(frame, int(bins))
+    increments = np.bincount(usage).astype(np.float64)
+    counts: Array = np.zeros((int(bins), 2))
+    np.add.at(counts, (state, action), 1)
+    shares = increments / increments.sum()
+    return bus_model(shares, discount=discount, bins=int(bins)), counts, increments
 
 
 def _multinomial_covariance(increments: Array) -> Array:

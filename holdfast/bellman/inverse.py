@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 from scipy.sparse.linalg import splu
 
-from holdfast.bellman.mdp import TabularMDP
+from holdfast.bellman.mdp import TabularMDP, probabilities
 
 Array = NDArray[np.float64]
 
@@ -85,11 +85,8 @@ def inverse_values(
         raise ValueError(f"policy has shape {choices.shape}: it must be (states, actions)")
     model = TabularMDP(transitions, np.zeros_like(choices), discount, terminal=terminal)
     live = ~model.terminal
-    sums = choices.sum(1)
-    wrong = live & ~(np.abs(sums - 1.0) <= 1e-8)
-    if wrong.any():
-        s = int(np.flatnonzero(wrong)[0])
-        raise ValueError(f"policy sums to {sums[s]:.12g} in state {s}: it must sum to 1")
+    choices[~live] = 1.0 / model.actions  # never read
+    choices = probabilities("policy", choices)
     never = np.argwhere((choices <= 0) & live[:, None])
     if len(never):
         s, a = never[0]

@@ -137,17 +137,22 @@ def stability_margin(
     return Margin(eigenvalues, step_ratio, margin, max_step, working)
 
 
-def saddle_point(problem: SaddleProblem) -> tuple[Tensor, Tensor]:
+def saddle_point(
+    problem: SaddleProblem, *, start: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Parameters of the saddle, ``(primal,)`` and ``(dual,)``.
 
-    Exact for tables; for linear functions a root of the gradients, found from 0.
+    Exact for tables; for linear functions a root of the gradients, found from ``start``, by default
+    0.
     """
     if isinstance(problem.approximator, Tables):
         q, zeta = problem.exact()
         return torch.as_tensor(q.ravel()), torch.as_tensor(zeta.ravel())
     if not isinstance(problem.approximator, Linear):
-        raise ValueError("networks have no known saddle: say where to linearise")
-    primal, dual = problem.approximator.initial()
+        raise ValueError(
+            "networks have no known saddle: say where to linearise, with at=(primal, dual)"
+        )
+    primal, dual = problem.approximator.initial() if start is None else start
     split = len(primal)
 
     def field(x: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -157,7 +162,7 @@ def saddle_point(problem: SaddleProblem) -> tuple[Tensor, Tensor]:
             _jacobian(problem, point[:split], point[split:]),
         )
 
-    found = root(field, np.zeros(split + len(dual)), jac=True, tol=1e-12)
+    found = root(field, torch.cat([primal, dual]).numpy(), jac=True, tol=1e-12)
     if np.abs(found.fun).max() > 1e-8:
         raise TrainingError(
             f"no saddle of the linear problem was found: gradients of {np.abs(found.fun).max():.3g}"

@@ -14,8 +14,9 @@ from holdfast.bellman import solve
 from holdfast.bellman.transitions import Transitions
 
 Array = NDArray[np.float64]
-ROW_SUM_TOLERANCE = 1e-8
-"""How far a row of probabilities may sum from one; rows are used as given."""
+ROW_SUM_TOLERANCE = 1e-6
+"""How far a row of probabilities may sum from one, as rounding to float32 does; it is then divided
+by its sum."""
 
 
 class TabularMDP:
@@ -42,8 +43,8 @@ class TabularMDP:
     Raises
     ------
     ValueError
-        For shapes that do not fit, numbers that are not finite, rows that are no probabilities, or
-        a discount outside [0, 1).
+        For shapes that do not fit, numbers that are not finite, rows that are no probabilities, a
+        discount outside [0, 1), or states that are all terminal.
     """
 
     def __init__(
@@ -72,6 +73,8 @@ class TabularMDP:
                 raise ValueError(
                     f"terminal has shape {self.terminal.shape}: it must be ({self.states},)"
                 )
+            if self.terminal.all():
+                raise ValueError("terminal is true of every state: there is nothing to decide")
 
     def __repr__(self) -> str:
         kind = "sparse" if sparse.issparse(self.kernel) else "dense"
@@ -125,7 +128,8 @@ class TabularMDP:
             weights = np.asarray(law, dtype=np.float64)
             if weights.shape != self.rewards.shape:
                 raise ValueError(f"law has shape {weights.shape}: it must be {self.rewards.shape}")
-            pairs = rng.choice(weights.size, size=n, p=weights.ravel())
+            shares = probabilities("law", weights.ravel()[None], "all pairs together")[0]
+            pairs = rng.choice(weights.size, size=n, p=shares)
             state, action = np.divmod(pairs, self.actions)
         return self._step(state, action, rng)
 
@@ -155,10 +159,18 @@ class TabularMDP:
         rng = np.random.default_rng(seed)
         if policy is None:
             policy = self.soft_policy_iteration().policy
-        cumulative = np.cumsum(np.asarray(policy, dtype=np.float64), axis=1)
-        if cumulative.shape != self.rewards.shape or not np.allclose(cumulative[:, -1], 1.0):
-            raise ValueError("policy must be probabilities of shape (states, actions)")
-        start = ~self.terminal / (~self.terminal).sum() if initial is None else np.asarray(initial)
+        choices = np.array(policy, dtype=np.float64)
+        if choices.shape != self.rewards.shape:
+            raise ValueError(f"policy has shape {choices.shape}: it must be {self.rewards.shape}")
+        choices[self.terminal] = 1.0 / self.actions  # nothing is chosen there
+        cumulative = np.cumsum(probabilities("policy", choices), axis=1)
+        start: Array = (~self.terminal).astype(np.float64)
+        start = start / start.sum()
+        if initial is not None:
+            start = np.array(initial, dtype=np.float64)
+            if start.shape != (self.states,):
+                raise ValueError(f"initial has shape {start.shape}: it must be ({self.states},)")
+            start = probabilities("initial", start[None], "all states together")[0]
         state = rng.choice(self.states, size=trajectories, p=start)
         who = np.arange(trajectories)
         steps = []
@@ -384,6 +396,22 @@ def check_discount(discount: float) -> float:
     return float(discount)
 
 
+def probabilities(name: str, rows: Array, what: str = "") -> Array:
+    """Rows that sum to one, of rows ``(n, k)`` that do up to :data:`ROW_SUM_TOLERANCE`.
+
+    ``what`` is summed over, in a message; by default the row is named, as a state.
+    """
+    sums = rows.sum(-1)
+    bad = ~(np.abs(sums - 1.0) <= ROW_SUM_TOLERANCE) | (rows < 0).any(-1)
+    if bad.any():
+        row = int(np.flatnonzero(bad)[0])
+        raise ValueError(
+            f"{name} sums to {sums[row]:.12g} in {what or f'state {row}'}, its least entry is "
+            f"{rows[row].min():.3g}: probabilities are at least 0 and must sum to 1"
+        )
+    return rows / sums[:, None]
+
+
 def _scattered(targets: NDArray[Any], chances: NDArray[Any], states: int) -> Any:
     """A sparse kernel from next states and their chances, both ``(states, actions, outcomes)``."""
     pairs = targets.shape[0] * targets.shape[1]
@@ -418,7 +446,8 @@ def _kernel(transitions: Any, states: int, actions: int) -> Any:
             f"({len(wrong)} such rows): they must sum to 1"
         )
     if sparse.issparse(kernel):
+        kernel.data /= np.repeat(sums, np.diff(kernel.indptr))
         kernel.sum_duplicates()
         kernel.eliminate_zeros()
         return kernel
-    return kernel.reshape(states * actions, states)
+    return kernel.reshape(states * actions, states) / sums[:, None]

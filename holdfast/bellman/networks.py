@@ -85,7 +85,8 @@ class Networks:
     ----------
     q, zeta : nn.Module
         From ``(rows, features)`` to ``(rows, actions)``. Without buffers or dropout: whatever rows
-        or replicas share would break the coupling of runs. Their parameters are the start.
+        or replicas share would break the coupling of runs. Their parameters are the start. All is
+        computed in float64, whatever the precision of parameters and observations.
     """
 
     def __init__(self, q: nn.Module, zeta: nn.Module) -> None:
@@ -130,5 +131,7 @@ def _apply(module: nn.Module, flat: Tensor, state: Tensor) -> Tensor:
     for name, each in module.named_parameters():
         parameters[name] = flat[:, start : start + each.numel()].view(-1, *each.shape)
         start += each.numel()
+    if state.is_floating_point():
+        state = state.to(flat.dtype)
     with AlignedLinear():
         return vmap(lambda own, rows: functional_call(module, own, (rows,)))(parameters, state)

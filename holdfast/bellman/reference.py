@@ -29,6 +29,8 @@ class SaddleReference:
         assert isinstance(problem.approximator, Tables)
         size = (problem.approximator.states, problem.approximator.actions)
         self._discount, self._anchor = problem.discount, problem.anchor_action
+        states = torch.arange(size[0])
+        self._anchors = (states, torch.as_tensor(0 if self._anchor is None else self._anchor))
         self._q, self._zeta = torch.as_tensor(q), torch.as_tensor(zeta)
         self._seen = torch.as_tensor(problem.transitions.counts(*size) > 0)
         self._rows = problem.compact()
@@ -58,6 +60,6 @@ class SaddleReference:
         # Pairs that do not occur are 0 / 0, and have no weight.
         squares = torch.nan_to_num(sums[1].square() / sums[0]).view_as(q)
         if self._anchor is not None:
-            squares = squares[:, self._anchor]
+            squares = squares[self._anchors]
         found["bellman/residual"] = float(squares.sum())
         return found

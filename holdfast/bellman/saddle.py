@@ -17,23 +17,26 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from holdfast.bellman.mdp import check_discount
 from holdfast.bellman.transitions import Transitions
 from holdfast.joint.objective import LossTerms
 
+Array = NDArray[np.floating[Any]]
+
 
 def bellman_saddle(
-    q: Tensor, zeta: Tensor, transitions: Transitions, *, discount: float
+    q: Tensor | Array, zeta: Tensor | Array, transitions: Transitions, *, discount: float
 ) -> LossTerms:
     """The saddle objective of tables: to descend in ``q`` and ascend in ``zeta``.
 
     Parameters
     ----------
-    q, zeta : Tensor
+    q, zeta : Tensor or array
         ``(states, actions)``, floating point. ``zeta`` stands for ``E[V(s') | s, a]``. Under an
         optimiser that descends in everything, pass ``ascend(zeta)``.
     transitions : Transitions
@@ -103,12 +106,13 @@ def saddle_elements(
     return delta.square() - discount**2 * (next_value - zeta).square()
 
 
-def td_error(q: Tensor, transitions: Transitions, *, discount: float) -> LossTerms:
+def td_error(q: Tensor | Array, transitions: Transitions, *, discount: float) -> LossTerms:
     """The mean squared TD error of a table: the biased alternative.
 
     Its minimiser gives up Bellman consistency for values that vary less where next states do.
     Parameters and errors as of :func:`bellman_saddle`.
     """
+    q = torch.as_tensor(q)
     seen = _look_up(q, torch.zeros_like(q), transitions)
     return td_error_of_values(seen["q"], seen["next_value"], seen["reward"], discount=discount)
 
@@ -124,8 +128,8 @@ def td_error_of_values(
 
 
 def gladius(
-    q: Tensor,
-    zeta: Tensor,
+    q: Tensor | Array,
+    zeta: Tensor | Array,
     transitions: Transitions,
     *,
     discount: float,
@@ -138,7 +142,7 @@ def gladius(
 
     Parameters
     ----------
-    q, zeta : Tensor
+    q, zeta : Tensor or array
         ``(states, actions)``.
     transitions : Transitions
         Rewards are read where the anchor was taken, and nowhere else.
@@ -148,9 +152,19 @@ def gladius(
         The action whose reward is known; one for all states, or ``(states,)``.
     weight : float
         Of the Bellman term against the likelihood, positive.
+
+    Raises
+    ------
+    ValueError
+        As of :func:`bellman_saddle`, and for an anchor that is no action.
     """
+    q = torch.as_tensor(q)
     seen = _look_up(q, zeta, transitions)
     anchors = torch.as_tensor(anchor_action, device=q.device)
+    if anchors.is_floating_point() or bool(((anchors < 0) | (anchors >= q.shape[1])).any()):
+        raise ValueError(
+            f"anchor_action is {anchors.tolist()}: it must be an integer in 0 ... {q.shape[1] - 1}"
+        )
     state = torch.as_tensor(transitions.state, device=q.device)
     if anchors.ndim:
         if anchors.shape != q.shape[:1]:
@@ -312,7 +326,10 @@ class _Reversed(torch.autograd.Function):
         return -ctx.ratio * gradients[0], None
 
 
-def _look_up(q: Tensor, zeta: Tensor, transitions: Transitions) -> dict[str, Tensor]:
+def _look_up(
+    q: Tensor | Array, zeta: Tensor | Array, transitions: Transitions
+) -> dict[str, Tensor]:
+    q, zeta = torch.as_tensor(q), torch.as_tensor(zeta)
     for name, table in (("q", q), ("zeta", zeta)):
         if table.ndim != 2 or table.shape != q.shape or not table.is_floating_point():
             raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from holdfast.bellman.draws import CoverageError
 from holdfast.bellman.influence import Influence, measure_influence, rank_influence
 from holdfast.bellman.margin import Margin, stability_margin
 from holdfast.bellman.networks import Tables
@@ -73,7 +74,7 @@ class Sensitivity:
             "method": "exact" if exact else "coupled",
             "quantity": "Q" if self.problem.anchor_action is None else "reward",
             "discount": self.problem.discount,
-            "anchor_action": self.problem.anchor_action,
+            "anchor_action": _anchor(self.problem.anchor_action),
             "rows": len(data),
             "tried": len(influence),
             "control": found.control,
@@ -163,7 +164,7 @@ def _measured_curve(
                 weight=problem.weight,
                 seed=seed,
             )
-        except ValueError:
+        except CoverageError:
             wanted = wanted[1:]  # too small a part to have every pair
     return None
 
@@ -177,6 +178,10 @@ def _curve(found: StabilityResult) -> dict[str, Any]:
         "saddle_interval": [_number(each) for each in found.saddle_interval],
         "control": found.control,
     }
+
+
+def _anchor(action: Any) -> int | list[int] | None:
+    return None if action is None else np.asarray(action).tolist()
 
 
 def _number(value: Any) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from holdfast.bellman.margin import stability_margin
-from holdfast.bellman.networks import Tables
+from holdfast.bellman.networks import Linear, Tables
 from holdfast.bellman.problem import Batch, SaddleProblem
 from holdfast.bellman.solve import soft_policy, soft_value
 from holdfast.bellman.transitions import Transitions
@@ -29,6 +30,8 @@ TUNED = 0.5
 """Share taken of the step tuned at the saddle: curvature differs on the way there."""
 CERTIFIED_SIZE = 400
 """Parameters up to which eigenvalues are computed unasked."""
+ACCURATE = 1e-5
+"""Error of Q, as a share of its largest entry, up to which a solution is said to have converged."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +200,7 @@ def descend_ascend(
         if done in wanted:
             kept[done] = (primal.detach().clone(), dual.detach().clone())
         looks = not may_diverge and (place == CHUNK - 1 or done == settings.steps)
-        if looks and not bool((primal.abs() < DIVERGED).all()):
+        if looks and not (bool((primal.abs() < DIVERGED).all() & (dual.abs() < DIVERGED).all())):
             raise TrainingError(
                 f"descent-ascent diverged within {done} steps: lower the step, raise "
                 f"step_ratio (it is {settings.step_ratio:g}), or set a radius."
@@ -220,9 +223,15 @@ class SaddleSolution:
     q, zeta, policy, reward : Array
         ``(states, actions)``; the reward is read off as ``q - discount * zeta``.
     v : Array
-        ``(states,)``.
+        ``(states,)``; 0 in states that only end episodes.
     gradient : float
         Largest entry of the full-data gradient at the result.
+    residual : float
+        Largest Bellman residual of ``q`` under the empirical model: ``q`` is within ``residual / (1
+        - discount)`` of its solution. With an anchor action, the larger of that at the anchor and
+        of the error of a logarithm of a choice probability; then within three times as much.
+    converged : bool
+        Whether that bound is below 1e-5 of the largest entry of ``q``, or of 1 if that is more.
     steps : int
         Taken.
     """
@@ -233,6 +242,8 @@ class SaddleSolution:
     policy: Array
     reward: Array
     gradient: float
+    residual: float
+    converged: bool
     steps: int
 
 
@@ -250,7 +261,7 @@ def solve_saddle(
     averaging: float = 0.0,
     optimiser: Optimiser = "adam",
     tolerance: float = 1e-10,
-    anchor_action: int | None = None,
+    anchor_action: int | NDArray[np.int64] | None = None,
     weight: float = 1.0,
     states: int | None = None,
     actions: int | None = None,
@@ -258,10 +269,11 @@ def solve_saddle(
 ) -> SaddleSolution:
     """Solve the saddle problem of a table by gradient descent-ascent.
 
-    By default Adam takes all rows a step, with steps that fall linearly to 0. ``sgd`` takes step
-    and momentum tuned to the linearised dynamics, which is the faster where the discount is not
-    near 1; with a ``batch_size``, its steps shrink harmonically. Whatever the optimiser, a ratio
-    with which plain steps would leave the saddle is refused for tables of up to 200 pairs.
+    All values start at what a state would be worth if every one earned the mean reward and chose
+    at random. By default Adam takes all rows a step, with steps that fall linearly to 0. ``sgd``
+    takes step and momentum tuned to the linearised dynamics, which is the faster where the discount
+    is not near 1; with a ``batch_size``, its steps shrink harmonically. Whatever the optimiser, a
+    ratio with which plain steps would leave the saddle is refused for tables of up to 200 pairs.
 
     Parameters
     ----------
@@ -281,6 +293,11 @@ def solve_saddle(
         As of :class:`Sgda`.
     seed : int
         Of the order of rows.
+
+    Warns
+    -----
+    RuntimeWarning
+        If the result has not converged: see :class:`SaddleSolution`.
 
     Raises
     ------
@@ -312,7 +329,9 @@ def solve_saddle(
         elif margin is None:
             raise ValueError(f"a table of {size} is too large for steps by default: give a step")
         elif batch_size is not None:
-            step = harmonic(discount, step_ratio, margin.margin)
+            step = harmonic(
+                discount, step_ratio, margin.margin, curvature=row_curvature(problem, step_ratio)
+            )
         elif momentum is None:
             tuned, momentum = margin.tuned()
             step = Constant(TUNED * tuned)
@@ -331,23 +350,85 @@ def solve_saddle(
         tolerance=tolerance,
     )
     data = problem.compact() if batch_size is None else Batch.stack([transitions])
-    found = descend_ascend(problem, data, settings, seed=seed)
+    level = torch.full((size[0] * size[1],), _level(problem), dtype=torch.float64)
+    found = descend_ascend(problem, data, settings, seed=seed, start=(level, level))
     primal, dual = found.primal.clone().requires_grad_(), found.dual.clone().requires_grad_()
     slopes = problem.directions(primal, dual, problem.compact())
     gradient = max(float(each.abs().max()) for each in slopes)
     q, zeta = (each[0].numpy().reshape(size) for each in (found.primal, found.dual))
-    reward = q - discount * zeta
-    return SaddleSolution(q, zeta, soft_value(q), soft_policy(q), reward, gradient, found.steps)
+    v = np.where(transitions.entered(len(q)), soft_value(q), 0.0)
+    residual = _residual(problem, q)
+    off = residual / (1.0 - discount) * (1.0 if anchor_action is None else 3.0)
+    converged = off <= ACCURATE * max(1.0, float(np.abs(q).max()))
+    if not converged:
+        warnings.warn(
+            f"solve_saddle has not converged after {found.steps} steps: q may be off by {off:.3g}, "
+            f"and its largest entry is {np.abs(q).max():.3g}; give more steps"
+            + ("" if batch_size is None else ", or batch_size=None for all rows a step"),
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return SaddleSolution(
+        q,
+        zeta,
+        v,
+        soft_policy(q),
+        q - discount * zeta,
+        gradient,
+        residual,
+        converged,
+        found.steps,
+    )
 
 
-def harmonic(discount: float, step_ratio: float, margin: float) -> Harmonic:
+def _residual(problem: SaddleProblem, q: Array) -> float:
+    largest = float(np.abs(problem.residuals(q)).max())
+    if problem.anchor_action is None:
+        return largest
+    counts = problem.transitions.counts(*q.shape)
+    seen = counts > 0
+    shares = counts / counts.sum(1, keepdims=True).clip(min=1)
+    choices = np.log(soft_policy(q)[seen]) - np.log(shares[seen])
+    return max(largest, float(np.abs(choices).max()))
+
+
+def harmonic(
+    discount: float, step_ratio: float, margin: float, *, curvature: float | None = None
+) -> Harmonic:
     """Steps that single rows survive at first, and that end up contracting at rate ``1 / t``.
 
-    ``margin`` is the least real part of an eigenvalue: see :func:`stability_margin`.
+    ``margin`` is the least real part of an eigenvalue: see :func:`stability_margin`. ``curvature``
+    is that of :func:`row_curvature`; by default that of tables with every reward observed.
     """
-    curvature = max(2.0 * (1.0 + discount) ** 2, 2.0 * step_ratio * discount**2)
+    if curvature is None:
+        curvature = max(2.0 * (1.0 + discount) ** 2, 2.0 * step_ratio * discount**2)
     scale = 2.0 / margin
     return Harmonic(scale, scale * 2.0 * curvature)
+
+
+def row_curvature(problem: SaddleProblem, step_ratio: float) -> float:
+    """A bound on the curvature of one row's losses, each times its player's step.
+
+    The Bellman term's is at most ``2 (1 + discount)^2`` in ``Q`` and ``2 discount^2`` in ``zeta``;
+    with an anchor, the likelihood's is 1, the Bellman term has its weight, and the fit of the dual
+    ``2``. Features multiply it by their largest squared norm; a table's is 1.
+    """
+    discount = problem.discount
+    primal, dual = 2.0 * (1.0 + discount) ** 2, 2.0 * discount**2
+    if problem.anchor_action is not None:
+        primal, dual = 1.0 + problem.weight * primal, 2.0
+    scale = 1.0
+    if isinstance(problem.approximator, Linear):
+        scale = float(problem.approximator.features.square().sum(-1).max())
+    return scale * max(primal, step_ratio * dual)
+
+
+def _level(problem: SaddleProblem) -> float:
+    data = problem.transitions
+    assert isinstance(problem.approximator, Tables)
+    known = data.reward if problem.anchor_action is None else data.reward[problem.anchored(data)]
+    goes_on = problem.discount * float((~data.terminal).mean())
+    return (float(known.mean()) + math.log(problem.approximator.actions)) / (1.0 - goes_on)
 
 
 def _falling(problem: SaddleProblem, steps: int) -> Callable[[int], float]:

@@ -81,11 +81,11 @@ def soft_value_iteration(
     """
     _check_tolerance(tolerance)
     shift = 0.0 if mdp.terminal.any() else mdp.discount / (1.0 - mdp.discount)
-    v = np.zeros(mdp.states)
-    q = mdp.rewards + mdp.discount * mdp.expected(v)
+    live = ~mdp.terminal[:, None]
+    q = np.where(live, mdp.rewards, 0.0)
     for sweep in range(1, max_sweeps + 1):
         v = soft_value(q)
-        update = mdp.rewards + mdp.discount * mdp.expected(v)
+        update = np.where(live, mdp.rewards + mdp.discount * mdp.expected(v), 0.0)
         change = update - q
         low, high = change.min(), change.max()
         if max(-low, high) <= max(tolerance, _rounding(q)):
@@ -110,12 +110,13 @@ def soft_policy_iteration(
     """
     _check_tolerance(tolerance)
     v = np.zeros(mdp.states)
-    q = mdp.rewards.copy()
+    live = ~mdp.terminal[:, None]
+    q = np.where(live, mdp.rewards, 0.0)
     for solves in range(1, max_solves + 1):
         # Solving for the change, not for the values, keeps the digits that a high discount takes.
         change = np.where(mdp.terminal, 0.0, soft_value(q) - v)
         v = v + _evaluate(mdp, soft_policy(q), change)
-        q = mdp.rewards + mdp.discount * mdp.expected(v)
+        q = np.where(live, mdp.rewards + mdp.discount * mdp.expected(v), 0.0)
         found = _solution(mdp, q, solves)
         if found.residual <= max(tolerance, _rounding(q)):
             return found

@@ -61,7 +61,7 @@ class Transitions:
         object.__setattr__(self, "action", _integers("action", _column("action", self.action, n)))
         object.__setattr__(self, "reward", reward)
         object.__setattr__(self, "next_state", next_state)
-        object.__setattr__(self, "terminal", _column("terminal", terminal, n).astype(bool))
+        object.__setattr__(self, "terminal", _truths("terminal", _column("terminal", terminal, n)))
         if self.trajectory is not None:
             trajectory = _integers("trajectory", _column("trajectory", self.trajectory, n))
             object.__setattr__(self, "trajectory", trajectory)
@@ -113,6 +113,13 @@ class Transitions:
         pairs = self.state * actions + self.action
         return np.bincount(pairs, minlength=states * actions).reshape(states, actions)
 
+    def entered(self, states: int) -> NDArray[np.bool_]:
+        """``(states,)``: states that are decided in, or that a row leads to and goes on from."""
+        found = np.zeros(states, bool)
+        found[self.state] = True
+        found[self.next_state[~self.terminal]] = True
+        return found
+
     def _columns(self) -> Iterator[tuple[str, NDArray[Any]]]:
         for each in fields(self):
             column = getattr(self, each.name)
@@ -141,6 +148,15 @@ def _column(name: str, values: ArrayLike, n: int) -> NDArray[Any]:
             f"{name} has shape {array.shape}: it must be ({n},), as state has {n} rows"
         )
     return array
+
+
+def _truths(name: str, array: NDArray[Any]) -> NDArray[np.bool_]:
+    bad = np.flatnonzero((array != 0) & (array != 1))
+    if len(bad):
+        raise ValueError(
+            f"{name} is {array[bad[0]]} in row {bad[0]}: it must be true or false, 1 or 0"
+        )
+    return array.astype(bool)
 
 
 def _integers(name: str, array: NDArray[Any]) -> NDArray[np.int64]:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from holdfast.bellman.estimators.newton import Curve
+from holdfast.bellman.mdp import ROW_SUM_TOLERANCE
 from holdfast.errors import TrainingError
 
 Array = NDArray[np.float64]
@@ -62,12 +63,14 @@ class ChoiceModel:
                 f"{(states, actions, states)} that features of shape {self.features.shape} need"
             )
         rows = self.transitions.sum(-1)
-        if (self.transitions < 0).any() or not np.allclose(rows, 1, rtol=0, atol=1e-8):
-            state, action = np.argwhere((abs(rows - 1) > 1e-8) | (self.transitions < 0).any(-1))[0]
+        wrong = np.argwhere((abs(rows - 1) > ROW_SUM_TOLERANCE) | (self.transitions < 0).any(-1))
+        if len(wrong):
+            state, action = wrong[0]
             raise ValueError(
                 f"transitions[{state}, {action}] is no distribution: its entries must not be "
                 f"negative and sum to 1, not to {rows[state, action]:.6g}"
             )
+        self.transitions = self.transitions / rows[..., None]
         if not 0 <= discount < 1:
             raise ValueError(f"discount is {discount}: it must lie in [0, 1)")
         self.discount = float(discount)

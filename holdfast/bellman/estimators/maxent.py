@@ -61,12 +61,19 @@ def demonstrated_flow(transitions: Transitions, states: int, actions: int, disco
     Raises
     ------
     ValueError
-        If there is no column ``trajectory``, or a row leaves the table.
+        If there is no column ``trajectory``, its rows do not stand together, or a row leaves the
+        table.
     """
     transitions.check_tabular(states, actions)
     if transitions.trajectory is None or len(transitions) == 0:
         raise ValueError("transitions has no trajectories: discounting needs the time of a row")
     opens = np.flatnonzero(np.diff(transitions.trajectory, prepend=transitions.trajectory[0] - 1))
+    again = np.delete(opens, np.unique(transitions.trajectory[opens], return_index=True)[1])
+    if len(again):
+        raise ValueError(
+            f"trajectory {transitions.trajectory[again[0]]} goes on in row {again[0]} after others"
+            ": sort the rows by trajectory and time"
+        )
     lengths = np.diff(np.append(opens, len(transitions)))
     time = np.arange(len(transitions)) - np.repeat(opens, lengths)
     weight = discount**time / len(opens)
