@@ -248,8 +248,9 @@ def rates_of(cell: Mapping[str, Any]) -> dict[str, Any]:
     if attracted.sum() > 1:
         for name, since in (("slope", 0.5), ("last_slope", 0.8)):
             slopes = stochastic.slope(dict(cell), since)[attracted]
-            low, high = bootstrap_interval(slopes, np.mean)
-            entry[name] = [round(float(x), 3) for x in (slopes.mean(), low, high)]
+            if np.isfinite(slopes).all():  # Two marks at least lie in the window.
+                low, high = bootstrap_interval(slopes, np.mean)
+                entry[name] = [round(float(x), 3) for x in (slopes.mean(), low, high)]
     return entry
 
 
