@@ -229,20 +229,53 @@ def alone(recipe: Recipe, name: str) -> Recipe:
     return Recipe.model_validate(values)
 
 
-def build_schedule(recipe: Recipe, optima: Mapping[str, float]) -> Schedule:
-    """The schedule of a recipe; ``optima`` for those that use gaps."""
+def build_schedule(
+    recipe: Recipe, optima: Mapping[str, float], objectives: Mapping[str, Objective]
+) -> Schedule:
+    """The schedule of a recipe; ``optima`` for those that use gaps.
+
+    Raises
+    ------
+    RecipeError
+        If an iteration is said to have other updates than its objective makes, or nothing says
+        how many.
+    """
     spec = recipe.schedule
     if isinstance(spec, MixSpec):
         return Mix(spec.weights)
     if isinstance(spec, InterleaveSpec):
-        return spec.schedule(watched=isinstance(recipe.policy, ControlSpec))
-    if isinstance(spec, AdaptiveInterleaveSpec | FadeSpec):
+        watched = isinstance(recipe.policy, ControlSpec)
+        return spec.schedule(updates=_updates(spec, objectives), watched=watched)
+    if isinstance(spec, AdaptiveInterleaveSpec):
+        return spec.schedule(updates=_updates(spec, objectives))
+    if isinstance(spec, FadeSpec):
         return spec.schedule()
     if isinstance(spec, AlrightSpec):
         return Alright(spec.weights, recipe.training.seed if spec.seed is None else spec.seed)
     if isinstance(spec, MaxrightSpec):
         return Maxright(spec.weights, optima, spec.evaluate_every, smoothing=spec.smoothing)
     return Sequential([stage.stage() for stage in spec.stages])
+
+
+def _updates(
+    spec: InterleaveSpec | AdaptiveInterleaveSpec, objectives: Mapping[str, Objective]
+) -> int | None:
+    """Of an iteration of the second objective; ``None`` where none are counted."""
+    if spec.every == "update":
+        return None
+    name, given = spec.objectives[-1], spec.updates_per_iteration
+    own: int | None = getattr(objectives[name].source, "updates", None)
+    if own is None and given is None:
+        raise RecipeError(
+            f"schedule.updates_per_iteration is missing, and {name} has no iterations of its own "
+            "to count: give a number, or count updates (every: update)"
+        )
+    if own is not None and given not in (None, own):
+        raise RecipeError(
+            f"schedule.updates_per_iteration is {given}, but {name} makes {own} updates before it "
+            f"collects again. Leave it out, or make it {own}."
+        )
+    return own or given
 
 
 def build_trainer(
@@ -259,7 +292,8 @@ def build_trainer(
     Raises
     ------
     RecipeError
-        If an entry of ``training.learning_rates`` fits no trainable parameter.
+        If an entry of ``training.learning_rates`` fits no trainable parameter, or the schedule
+        does not fit the objectives.
     """
     training = recipe.training.model_dump()
     own = ("bf16", "gradient_checkpointing", "save_total_limit", "report_to", "guards")
@@ -279,7 +313,7 @@ def build_trainer(
     return Trainer(
         assembly.policy,
         assembly.objectives,
-        build_schedule(recipe, optima),
+        build_schedule(recipe, optima, assembly.objectives),
         options,
         accelerator=accelerator,
         combiner=recipe.combiner.combiner() if recipe.combiner else None,

@@ -94,12 +94,13 @@ def assemble_control(
     for name in read:
         for worlds in environments.values():
             read[name] = validate(read[name], worlds, clip=True, allow_cut=True)
-    actor = _policy(recipe.policy, read, environments, seed)
+    train = {
+        name: replace(found, episodes=found.episodes[given[name].held_out + given[name].probe :])
+        for name, found in read.items()
+    }
+    actor = _policy(recipe.policy, train, environments, seed)
+    _check_fits(recipe.policy, actor, read, environments)
     check_kinds(acting, actor)
-    for name, spec in acting.items():
-        if actor.history != environments[name].options.history:
-            # A saved policy brings its own.
-            environments[name] = _environments(name, spec, actor.history, seed, say)
     if any(isinstance(spec, schema.DppoSpec) for spec in acting.values()):
         assert isinstance(actor.cloned, DiffusionPolicy)
         actor.cloned.begin_fine_tuning()
@@ -112,10 +113,8 @@ def assemble_control(
             objectives[name] = _cloning(name, objective, policy, read[name], seed)
             digests[name] = _digest(start, read[name])
         elif isinstance(objective, schema.ControlRlSpec):
-            own = read.get(name)
+            own = train.get(name)
             if own is not None:
-                kept = own.episodes[given[name].held_out + given[name].probe :]
-                own = validate(replace(own, episodes=kept), environments[name], clip=True)
                 digests[name] = _digest(start, own)
             objectives[name] = acting_objective(
                 name, objective, policy, environments[name], own, seed
@@ -190,8 +189,7 @@ def _options(world: schema.EnvironmentSpec, history: int) -> EnvironmentOptions:
 def _check_sizes(
     read: Mapping[str, Demonstrations], environments: Mapping[str, VectorEnvironment]
 ) -> None:
-    sizes = {n: (d.observation_size, d.action_size) for n, d in read.items()}
-    sizes |= {n: (e.observation_size, e.action_size) for n, e in environments.items()}
+    sizes = _sizes(read, environments)
     if len(set(sizes.values())) > 1:
         told = "; ".join(f"{n}: {o} and {a}" for n, (o, a) in sizes.items())
         raise DataError(
@@ -200,10 +198,40 @@ def _check_sizes(
         )
 
 
+def _check_fits(
+    spec: schema.ControlSpec,
+    actor: Policy,
+    read: Mapping[str, Demonstrations],
+    environments: Mapping[str, VectorEnvironment],
+) -> None:
+    """Refuse a saved policy of other sizes than what it is to be trained on."""
+    own = (actor.observation_size, actor.action_size)
+    for name, here in _sizes(read, environments).items():
+        if own != here:
+            base = spec.base if isinstance(spec, schema.ResidualSpec) else spec
+            where = getattr(base, "model_name_or_path", "the policy")
+            raise RecipeError(
+                f"policy: {where} sees {own[0]} numbers in an observation and makes {own[1]} in an "
+                f"action, but objectives.{name} has {here[0]} and {here[1]}. Name a policy that "
+                "was trained in this environment, or the environment that it was trained in."
+            )
+
+
+def _sizes(
+    read: Mapping[str, Demonstrations], environments: Mapping[str, VectorEnvironment]
+) -> dict[str, tuple[int, int]]:
+    """Of an observation and an action, by objective."""
+    sizes = {n: (d.observation_size, d.action_size) for n, d in read.items()}
+    return sizes | {n: (e.observation_size, e.action_size) for n, e in environments.items()}
+
+
 def _history(spec: Any) -> int:
+    """Observations that a policy sees; a saved one brings its own."""
     if isinstance(spec, schema.ResidualSpec):
         return _history(spec.base)
-    return int(getattr(spec, "history", 1))
+    if isinstance(spec, schema.SavedSpec):
+        return load_policy(spec.model_name_or_path).history
+    return int(spec.history)
 
 
 # The policy ---------------------------------------------------------------------------------------
@@ -211,7 +239,7 @@ def _history(spec: Any) -> int:
 
 def _policy(
     spec: Any,
-    read: Mapping[str, Demonstrations],
+    train: Mapping[str, Demonstrations],
     environments: Mapping[str, VectorEnvironment],
     seed: int,
 ) -> Policy:
@@ -220,11 +248,12 @@ def _policy(
         saved = load_policy(spec.model_name_or_path)
         # What chose among its chunks was of the run that wrote it.
         return saved.base if isinstance(saved, ImplicitPolicy) else saved
-    if isinstance(spec, schema.ResidualSpec):
-        return ResidualPolicy(_policy(spec.base, read, environments, seed), seed=seed, **options)
-    observations, actions = _normalizers(read, environments)
-    build = GaussianPolicy if isinstance(spec, schema.GaussianSpec) else DiffusionPolicy
     try:
+        if isinstance(spec, schema.ResidualSpec):
+            base = _policy(spec.base, train, environments, seed)
+            return ResidualPolicy(base, seed=seed, **options)
+        observations, actions = _normalizers(train, environments)
+        build = GaussianPolicy if isinstance(spec, schema.GaussianSpec) else DiffusionPolicy
         return build(
             observations.size,
             actions.size,
@@ -238,11 +267,11 @@ def _policy(
 
 
 def _normalizers(
-    read: Mapping[str, Demonstrations], environments: Mapping[str, VectorEnvironment]
+    train: Mapping[str, Demonstrations], environments: Mapping[str, VectorEnvironment]
 ) -> tuple[Normalizer, Normalizer]:
     """Of observations and actions: fitted on the first demonstrations, or else from the bounds."""
-    if read:
-        episodes = next(iter(read.values())).episodes
+    if train:
+        episodes = next(iter(train.values())).episodes
         return tuple(  # type: ignore[return-value]
             Normalizer.fit(torch.from_numpy(np.concatenate(parts)))
             for parts in (
@@ -250,8 +279,14 @@ def _normalizers(
                 [episode.actions for episode in episodes],
             )
         )
-    world = next(iter(environments.values()))
+    name, world = next(iter(environments.items()))
     low, high = (torch.from_numpy(bound) for bound in (world.action_low, world.action_high))
+    if not bool((low.isfinite() & high.isfinite() & (low < high)).all()):
+        raise RecipeError(
+            f"objectives.{name}.environment: actions of {world.name} lie in {low.tolist()} to "
+            f"{high.tolist()}, which cannot be scaled to [-1, 1]. Give demonstrations (an "
+            "objective of kind cloning), whose range is taken instead, or a saved policy."
+        )
     return Normalizer.identity(world.observation_size), Normalizer(low, high)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -153,13 +154,16 @@ def acting_objective(
                 source = Accompanied(rollouts, companion, seed=seed)
     score = spec.score or ("success" if spec.environment.sparse else "return")
 
-    def episodes(evaluation_seed: int) -> EpisodeEvaluation:
-        worlds = make_environments(
+    @cache
+    def worlds() -> VectorEnvironment:
+        """Made once something is evaluated; every evaluation begins them anew."""
+        return make_environments(
             spec.environment.name, environments.count, seed=seed, options=environments.options
         )
-        return EpisodeEvaluation(worlds, score, evaluation_seed)
 
-    evaluations = {EVALUATION_SEED: episodes(EVALUATION_SEED), PROBE_SEED: episodes(PROBE_SEED)}
+    evaluations = {
+        chosen: EpisodeEvaluation(worlds, score, chosen) for chosen in (EVALUATION_SEED, PROBE_SEED)
+    }
 
     def evaluate(module: Any, rows: Any) -> Any:
         # Rows are (set of episodes, number): those of the gap are not those of the evaluation.

@@ -1,5 +1,7 @@
 """What a recipe is built into: which rows train, and which never do."""
 
+from types import SimpleNamespace
+
 import pytest
 from accelerate import Accelerator
 from helpers.tiny import demonstrations, write_recipe, write_rows
@@ -80,15 +82,39 @@ def built(recipe, tmp_path, *overrides):
 
 def test_interleaves_are_built_as_written(tmp_path):
     recipe = str(write_recipe(tmp_path))
+    # None of these says of itself how many updates an iteration has.
+    objectives = {name: SimpleNamespace(source=None) for name in ("sft", "dpo")}
     pair = "first: sft, second: dpo, combine: true, every: iteration, updates_per_iteration: 3"
     override = f"schedule={{kind: interleave, ratio: 2, {pair}}}"
-    fixed = build_schedule(load_recipe(recipe, [override]), {})
+    fixed = build_schedule(load_recipe(recipe, [override]), {}, objectives)
     assert isinstance(fixed, Interleave)
     assert fixed.cycle == [({"sft": 1.0, "dpo": 1.0}, 1), ({"dpo": 1.0}, 5)]
     override = f"schedule={{kind: adaptive_interleave, form: root, maximum: 7, {pair}}}"
-    adaptive = build_schedule(load_recipe(recipe, [override]), {})
+    adaptive = build_schedule(load_recipe(recipe, [override]), {}, objectives)
     assert isinstance(adaptive, AdaptiveInterleave)
     assert (adaptive.form, adaptive.maximum, adaptive.unit) == ("root", 7.0, 3)
+
+
+@pytest.mark.parametrize(
+    ("own", "given", "expected"),
+    [(4, None, 4), (4, 4, 4), (None, 3, 3), (4, 3, "makes 4 updates"), (None, None, "is missing")],
+)
+@pytest.mark.parametrize("kind", ["interleave, ratio: 2", "adaptive_interleave"])
+def test_an_iteration_has_the_updates_of_its_source(tmp_path, kind, own, given, expected):
+    number = "" if given is None else f", updates_per_iteration: {given}"
+    override = f"schedule={{kind: {kind}, first: sft, second: dpo, every: iteration{number}}}"
+    recipe = load_recipe(str(write_recipe(tmp_path)), [override])
+    source = SimpleNamespace() if own is None else SimpleNamespace(updates=own)
+    objectives = {"sft": SimpleNamespace(), "dpo": SimpleNamespace(source=source)}
+    if isinstance(expected, str):
+        with pytest.raises(RecipeError, match=f"updates_per_iteration.*{expected}"):
+            build_schedule(recipe, {}, objectives)
+        return
+    schedule = build_schedule(recipe, {}, objectives)
+    if isinstance(schedule, AdaptiveInterleave):
+        assert schedule.unit == expected
+    else:
+        assert schedule.cycle == [({"sft": 1.0}, 1), ({"dpo": 1.0}, 2 * expected)]
 
 
 def test_a_combiner_and_learning_rates_reach_the_trainer(tmp_path):

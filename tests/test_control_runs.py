@@ -12,15 +12,28 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from holdfast import assemble_control as assemble_control_module
+from holdfast import assemble_control_rl
 from holdfast import run as runs
+from holdfast.assemble import accelerator_for, assemble, build_trainer
 from holdfast.assemble_control import assemble_control
-from holdfast.control.demonstrations import record, write_demonstrations
+from holdfast.control.demonstrations import (
+    read_demonstrations,
+    record,
+    write_demonstrations,
+)
 from holdfast.control.environments import (
     EnvironmentOptions,
     make_environments,
     scripted_expert,
 )
-from holdfast.control.policies import ResidualPolicy, load_policy
+from holdfast.control.policies import (
+    DiffusionPolicy,
+    GaussianPolicy,
+    Normalizer,
+    ResidualPolicy,
+    load_policy,
+)
 from holdfast.errors import DataError, HoldfastError, RecipeError
 from holdfast.recipe import load_recipe
 
@@ -35,6 +48,8 @@ DIFFUSION = {
     "fine_tuned_steps": 3,
     "critic": {"hidden": [16]},
 }
+SAVED = {"kind": "saved", "model_name_or_path": "diffusion", "critic": {"hidden": [16]}}
+DPPO_NEW = {**DIFFUSION, "fine_tuned_steps": 5}
 RL = {
     "kind": "control_ppo",
     "environment": {"name": NAME, "count": 4, "sparse": True},
@@ -54,6 +69,10 @@ def demos(tmp_path_factory) -> Path:
     found = record(scripted_expert(NAME), worlds, 2, seed=1)
     dense = tuple(replace(each, rewards=each.rewards - 0.5) for each in found)
     write_demonstrations(replace(found, episodes=dense), path.with_name("dense.npz"))
+    options = {k: v for k, v in DIFFUSION.items() if k not in ("kind", "critic")}
+    sizes = worlds.observation_size, worlds.action_size
+    DiffusionPolicy(*sizes, seed=1, **options).save_pretrained(path.with_name("diffusion"))
+    GaussianPolicy(3, 2, hidden=(8,)).save_pretrained(path.with_name("other"))
     return path
 
 
@@ -62,6 +81,8 @@ def write(tmp_path, demos, monkeypatch):
     monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "cache"))
     shutil.copy(demos, tmp_path / "demos.npz")
     shutil.copy(demos.with_name("dense.npz"), tmp_path / "dense.npz")
+    for policy in ("diffusion", "other"):
+        shutil.copytree(demos.with_name(policy), tmp_path / policy)
 
     def write_recipe(policy, schedule, objectives, *, name="run", steps=12, **more):
         values = {
@@ -106,7 +127,7 @@ DEMOS = {"path": "demos.npz", "held_out": 1}
 POLICIES = {
     "gaussian": (GAUSSIAN, RL),
     "residual": ({"kind": "residual", "base": GAUSSIAN, "critic": {"hidden": [16]}}, RL),
-    "diffusion": (DIFFUSION, {**RL, "kind": "dppo"}),
+    "diffusion": (SAVED, {**RL, "kind": "dppo"}),
 }
 CLONING = {
     "idql": (GAUSSIAN, IDQL),
@@ -116,7 +137,7 @@ CLONING = {
     "dipo": (GAUSSIAN, {**REPLAY, "kind": "dipo", "action_rate": 0.01, "data": DEMOS}),
     "ppo and demonstrations": (GAUSSIAN, {**RL, "cloning": {"weight": 0.5}, "data": DEMOS}),
     "dppo and teacher": (
-        DIFFUSION,
+        SAVED,
         {
             **RL,
             "kind": "dppo",
@@ -159,6 +180,26 @@ def test_imitation_is_interleaved_into_reinforcement_learning(write, kind, combi
         assert isinstance(saved, ResidualPolicy)
 
 
+@pytest.mark.parametrize("kind", ["gaussian", "diffusion", "idql", "ppo and demonstrations"])
+def test_an_interleave_may_count_iterations(write, demos, kind):
+    """The shared update of two is the first of an iteration, and the ratio counts whole ones."""
+    policy, rl = {**POLICIES, **CLONING}[kind]
+    schedule = {**INTERLEAVE, "every": "iteration", "combine": True}
+    recipe = write(policy, schedule, {"il": IMITATION, "rl": rl})
+    accelerator = accelerator_for(recipe, demos.parent)
+    assembly = assemble(recipe, accelerator)
+    trainer = build_trainer(recipe, assembly, {}, accelerator, folder=demos.parent, recorder=None)
+    rounds = []
+    source = assembly.objectives["rl"].source
+    collected = getattr(source, "rollouts", source)
+    for _ in range(4 * source.updates + 1):
+        turn = trainer.schedule.next(lambda name: 0.0)
+        source.next()
+        if "il" in turn.weights:
+            rounds.append((collected.round, collected.used))
+    assert rounds == [(1, 1), (3, 1), (5, 1)]
+
+
 @pytest.mark.parametrize("kind", CLONING)
 def test_what_clones_its_own_data_is_trained_and_evaluated(write, kind):
     policy, rl = CLONING[kind]
@@ -172,7 +213,8 @@ def test_what_clones_its_own_data_is_trained_and_evaluated(write, kind):
     )
     assert (wanted or f"cloning/{kind.split()[-1]}") in metrics
     assert lines(run, "eval")[-1]["objectives"]["rl"]["count"] == 4
-    assert load_policy(run / "model").kind == ("implicit" if "idql" in kind else policy["kind"])
+    wanted = {"saved": "diffusion"}.get(policy["kind"], policy["kind"])
+    assert load_policy(run / "model").kind == ("implicit" if "idql" in kind else wanted)
 
 
 def test_a_policy_that_chooses_is_trained_further_without_its_choice(write, tmp_path):
@@ -276,7 +318,7 @@ def _resumes(write, policy, schedule, objectives):
             "rl.loss: denoising is not for a gaussian",
         ),
         (
-            DIFFUSION,
+            SAVED,
             {
                 "rl": {
                     **RL,
@@ -312,11 +354,44 @@ def _resumes(write, policy, schedule, objectives):
             RecipeError,
             "fine_tuned_steps is 9",
         ),
+        (
+            {"kind": "residual", "base": GAUSSIAN, "std_range": [0.5, 0.1], "learn_std": True},
+            {"rl": RL},
+            RecipeError,
+            "policy: std is 0.37 and std_range",
+        ),
+        (
+            {**SAVED, "model_name_or_path": "other"},
+            {"rl": RL},
+            RecipeError,
+            "other sees 3 numbers in an observation and makes 2 in an action, but objectives.rl",
+        ),
+        (
+            {"kind": "residual", "base": {"kind": "saved", "model_name_or_path": "other"}},
+            {"il": IMITATION},
+            RecipeError,
+            "other sees 3 numbers .* but objectives.il has",
+        ),
+        (
+            GAUSSIAN,
+            {"rl": {**RL, "environment": {"name": "holdfast/unbounded"}}},
+            RecipeError,
+            "objectives.rl.environment: actions of holdfast/unbounded lie in .*an objective of",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_training(
-    write, policy, objectives, error, message
+    write, policy, objectives, error, message, monkeypatch
 ):
+    real = assemble_control_module.make_environments
+
+    def make(name, *given, **options):
+        worlds = real(name.replace("unbounded", "point-mass"), *given, **options)
+        if "unbounded" in name:
+            worlds.name, worlds.action_high = name, worlds.action_high + math.inf
+        return worlds
+
+    monkeypatch.setattr(assemble_control_module, "make_environments", make)
     weights = {name: 1.0 / len(objectives) for name in objectives}
     with pytest.raises(error, match=message):
         runs.train(write(policy, {"kind": "mix", "weights": weights}, objectives))
@@ -353,3 +428,125 @@ def test_objectives_of_another_kind_of_policy_are_refused(write):
 def test_what_cannot_be_is_refused_with_the_recipe(write, rl, message):
     with pytest.raises(RecipeError, match=message):
         write(GAUSSIAN, {"kind": "mix", "weights": {"rl": 1.0}}, {"rl": rl})
+
+
+@pytest.mark.parametrize(
+    ("policy", "training", "message"),
+    [
+        (DIFFUSION, {}, "policy.fine_tuned_steps: is 3, but dppo freezes the other 2 of 5"),
+        (DPPO_NEW, {"bf16": True}, "training.bf16: is true, but a control policy"),
+        (DPPO_NEW, {"gradient_checkpointing": True}, "training.gradient_checkpointing: is true"),
+        (SAVED, {"bf16": True}, "training.bf16"),
+    ],
+)
+def test_what_control_policies_cannot_be_trained_with_is_refused_with_the_recipe(
+    write, policy, training, message
+):
+    training = {"max_steps": 1, **training}
+    alone = {"kind": "mix", "weights": {"rl": 1.0}}
+    with pytest.raises(RecipeError, match=message):
+        write(policy, alone, {"rl": {**RL, "kind": "dppo"}}, training=training)
+
+
+def test_a_new_diffusion_policy_is_trained_in_all_of_its_steps(write):
+    alone = {"kind": "mix", "weights": {"rl": 1.0}}
+    run = runs.train(write(DPPO_NEW, alone, {"rl": {**RL, "kind": "dppo"}}, steps=1))
+    assert load_policy(run / "model").fine_tuned_steps == 5
+
+
+def test_scales_are_fitted_on_what_is_trained_on_alone(write, demos):
+    """Neither held-out nor probe episodes say anything of the range."""
+    episodes = read_demonstrations(demos).episodes
+    data = {**DEMOS, "probe": 1}
+    recipe = write(
+        GAUSSIAN, {"kind": "mix", "weights": {"il": 1.0}}, {"il": {**IMITATION, "data": data}}
+    )
+    policy = assemble(recipe, accelerator_for(recipe, demos.parent)).policy
+    for kept, equal in ((episodes[2:], True), (episodes, False)):
+        seen = torch.cat([torch.from_numpy(episode.observations) for episode in kept])
+        fitted = Normalizer.fit(seen)
+        assert torch.equal(policy.actor.observations.low, fitted.low) == equal
+
+
+def test_episodes_that_were_cut_are_learnt_from_where_that_is_allowed(write, tmp_path, demos):
+    found = read_demonstrations(demos)
+    cut = [replace(each, terminated=False, truncated=False) for each in found.episodes]
+    write_demonstrations(replace(found, episodes=tuple(cut)), tmp_path / "cut.npz")
+    alone = {"kind": "mix", "weights": {"rl": 1.0}}
+    for allowed in (False, True):
+        data = {"path": "cut.npz", "allow_cut": allowed}
+        recipe = write(GAUSSIAN, alone, {"rl": {**IDQL, "data": data}}, steps=1)
+        if allowed:
+            assert runs.train(recipe).is_dir()
+            continue
+        with pytest.raises(DataError, match="cut short"):
+            runs.train(recipe)
+
+
+def test_environments_are_made_when_they_are_used(write, demos, monkeypatch):
+    """One set to train in; one more for all evaluations, once there is one."""
+    made = []
+    for module in (assemble_control_module, assemble_control_rl):
+        real = module.make_environments
+
+        def make(name, count, *, _real=real, **options):
+            made.append(count)
+            return _real(name, count, **options)
+
+        monkeypatch.setattr(module, "make_environments", make)
+    alone = {"kind": "mix", "weights": {"rl": 1.0}}
+    recipe = write(GAUSSIAN, alone, {"rl": {**RL, "probe_episodes": 2}})
+    assembly = assemble(recipe, accelerator_for(recipe, demos.parent))
+    assert made == [4]
+    objective = assembly.objectives["rl"]
+    for rows in (objective.held_out, objective.probe, objective.held_out):
+        objective.evaluate(assembly.policy, rows)
+    assert made == [4, 4]
+
+
+def test_every_evaluation_episode_is_run_once_however_rows_are_cut(write, demos):
+    alone = {"kind": "mix", "weights": {"rl": 1.0}}
+    found = {}
+    for size in (None, 1, 3):
+        world = {"name": "Pendulum-v1", "count": 4, "time_limit": 12}
+        rl = {**RL, "episodes": 8, "micro_batch_size": size, "environment": world}
+        recipe = write(GAUSSIAN, alone, {"rl": rl})
+        accelerator = accelerator_for(recipe, demos.parent)
+        assembly = assemble(recipe, accelerator)
+        trainer = build_trainer(
+            recipe, assembly, {}, accelerator, folder=demos.parent, recorder=None
+        )
+        objective = assembly.objectives["rl"]
+        found[size] = trainer.evaluate(objective, objective.held_out).metrics
+    assert found[1]["reward"] == pytest.approx(found[None]["reward"], rel=1e-5)
+    assert found[3]["reward"] == pytest.approx(found[None]["reward"], rel=1e-5)
+    # The same episode eight times would have no spread.
+    assert found[1]["reward_squared"] > found[1]["reward"] ** 2 + 1e-3
+
+
+def test_parts_of_an_evaluation_start_from_other_noise(write, demos):
+    alone = {"kind": "mix", "weights": {"rl": 1.0}}
+    recipe = write(SAVED, alone, {"rl": {**RL, "kind": "dppo", "episodes": 6}})
+    assembly = assemble(recipe, accelerator_for(recipe, demos.parent))
+    seen = []
+    policy = assembly.policy
+    act = policy.actor.act
+
+    def spy(observations, generator, **options):
+        seen.append(generator.initial_seed())
+        return act(observations, generator, **options)
+
+    policy.actor.act = spy
+    objective = assembly.objectives["rl"]
+    for part in (objective.held_out[:3], objective.held_out[3:], objective.held_out[:3]):
+        seen.append(None)
+        objective.evaluate(policy, part)
+    parts = [set(), set(), set()]
+    place = -1
+    for entry in seen:
+        if entry is None:
+            place += 1
+        else:
+            parts[place].add(entry)
+    assert [len(part) for part in parts] == [1, 1, 1]
+    assert parts[0] == parts[2] != parts[1]

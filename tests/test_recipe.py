@@ -638,7 +638,7 @@ def test_gains_of_an_interleave_are_estimated_where_they_are_wanted(
         ({"kind": "interleave", **PAIR, "ratio": 2.5}, "ratio is 2.5: it must be a whole number"),
         ({"kind": "interleave", **PAIR, "ratio": "all"}, "ratio is 'all': it must be a whole"),
         ({"kind": "interleave", "counts": {"sft": 1}, "estimates": True}, "counts has neither"),
-        ({"kind": "interleave", **PAIR, "ratio": 2, "every": "iteration"}, "updates_per_iteration"),
+        ({"kind": "interleave", **PAIR, "ratio": 2, "updates_per_iteration": 3}, "every is update"),
         ({"kind": "adaptive_interleave", "first": "sft"}, "schedule.second: is required"),
         ({"kind": "adaptive_interleave", **PAIR, "form": "rot"}, "did you mean 'root'?"),
         ({"kind": "adaptive_interleave", "first": "sft", "second": "sft"}, "both 'sft'"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from holdfast.control.acting import acting
 from holdfast.control.actor_critic import ActorCritic
 from holdfast.control.cloning import CloningLoss, draw_noise
 from holdfast.control.demonstrations import Chunks
-from holdfast.control.environments import VectorEnvironment, evaluate
+from holdfast.control.environments import VectorEnvironment, episode_seeds, evaluate
 from holdfast.control.losses import dppo, ppo, value_loss
 from holdfast.control.losses.cloning import denoising, mse, nll
 from holdfast.control.policies import DiffusionPolicy, GaussianPolicy
@@ -215,26 +215,30 @@ class PolicyOptimisation:
 class EpisodeEvaluation:
     """Episodes on fixed seeds: the mean success, or return, as a loss with its sign turned.
 
-    Rows are the numbers of episodes.
+    Rows are the numbers of episodes. However they are cut or shared, each is run once. The noise
+    that a diffusion policy starts from is drawn for each part anew, so its score may depend on the
+    cut, as it does on the noise.
 
     Attributes
     ----------
-    environments : VectorEnvironment
-        Others than those that are trained in.
+    environments : callable
+        Gives environments other than those that are trained in; asked whenever it is evaluated.
     score : str
         ``success`` or ``return``.
     seed : int
         Of the set of episodes: evaluations differ by policy alone.
     """
 
-    environments: VectorEnvironment
+    environments: Callable[[], VectorEnvironment]
     score: Literal["success", "return"]
     seed: int = 0
 
     def __call__(self, policy: nn.Module, rows: Sequence[int]) -> LossTerms:
         assert isinstance(policy, ActorCritic)
-        act = acting(policy.behaviour, seed=self.seed)
-        found = evaluate(act, self.environments, list(rows), self.seed)
+        # Of another part other noise: that of its first episode.
+        *_, noise = episode_seeds(self.seed, rows[0] + 1, stream="evaluation")
+        act = acting(policy.behaviour, seed=noise)
+        found = evaluate(act, self.environments(), list(rows), self.seed)
         metrics = {
             "reward": torch.tensor(found.returns.sum()),
             # For the interval of the mean return.

@@ -66,6 +66,11 @@ class Accompanied:
         self.companion = companion
         self.seed = seed
 
+    @property
+    def updates(self) -> int:
+        """Updates that a batch of rollouts serves, unless it is stopped before."""
+        return self.rollouts.updates
+
     def next(self) -> Table:
         """The rows of the next update, with columns of what is cloned."""
         rows = self.rollouts.next()

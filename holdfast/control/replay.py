@@ -218,6 +218,11 @@ class ReplaySource:
         """Single actions executed so far, over all environments."""
         return self._collector.environment_steps
 
+    @property
+    def updates(self) -> int:
+        """Batches that are drawn before the next transitions are collected."""
+        return self.options.updates
+
     def next(self) -> Table:
         """The rows of the next update: the buffer's, then those of demonstrations."""
         if self.round == 0 or self.used >= self.options.updates:

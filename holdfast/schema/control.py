@@ -57,6 +57,11 @@ class DiffusionSpec(ChunkSpec):
     min_log_prob_std: float = Field(0.1, gt=0)
     average_decay: float | None = Field(0.995, gt=0, lt=1)
 
+    @property
+    def sampled(self) -> int:
+        """Denoising steps in sampling."""
+        return self.steps if self.sampling_steps is None else self.sampling_steps
+
 
 class SavedSpec(ControlSpec):
     """A policy that an earlier run wrote, with its normalisation."""

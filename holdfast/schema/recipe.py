@@ -16,6 +16,7 @@ from holdfast.schema.bellman import AnchorSpec, BellmanSpec, ChoiceSpec, Decisio
 from holdfast.schema.combiner import CombinerSpec
 from holdfast.schema.control import (
     CloningSpec,
+    ControlSpec,
     DiffusionSpec,
     GaussianSpec,
     ResidualSpec,
@@ -272,8 +273,32 @@ class Recipe(Spec):
                         "entry": objective.held_out_entry,
                     },
                 )
+        self._check_control()
         self._check_guards()
         return self
+
+    def _check_control(self) -> None:
+        """Refuse what a control policy cannot be trained with."""
+        if not isinstance(self.policy, ControlSpec):
+            return
+        why = {
+            "training.bf16": self.training.bf16
+            and "is true, but a control policy acts in float32: rounded log-probabilities would "
+            "not give the ratio 1 before the first update. Leave it out",
+            "training.gradient_checkpointing": self.training.gradient_checkpointing
+            and "is true, but a control policy has nothing to checkpoint. Leave it out",
+        }
+        denoising = any(isinstance(spec, DppoSpec) for spec in self.objectives.values())
+        if isinstance(self.policy, DiffusionSpec) and denoising:
+            sampled, tuned = self.policy.sampled, self.policy.fine_tuned_steps
+            why["policy.fine_tuned_steps"] = tuned < sampled and (
+                f"is {tuned}, but dppo freezes the other {sampled - tuned} of {sampled} sampling "
+                "steps as they are, and this policy is new. Clone it in a run of its own and name "
+                f"that run's model (kind saved), or set this to {sampled}"
+            )
+        for where, wrong in why.items():
+            if wrong:
+                raise PydanticCustomError("misfit", "{why}", {"where": where, "why": wrong})
 
     def _check_guards(self) -> None:
         scheduled = {name: self.objectives[name] for name in self.schedule.objectives}

@@ -65,13 +65,24 @@ class PairSpec(Spec):
     combine: bool = Field(False, description="hold second in the turn of first as well")
     every: Literal["update", "iteration"] = Field("update", description="what the ratio counts")
     updates_per_iteration: int | None = Field(
-        None, ge=1, description="of second; with every iteration"
+        None,
+        ge=1,
+        description="of second; with every iteration. null: as many as a batch of its rollouts "
+        "serves, where it has such",
     )
 
     @model_validator(mode="after")
     def _unit(self) -> Self:
-        turns_per_unit(self.every, self.updates_per_iteration)
+        if self.every == "update":
+            turns_per_unit(self.every, self.updates_per_iteration)
         return self
+
+    def cycle(self, updates: int | None) -> dict[str, Any]:
+        """Arguments of the schedule; ``updates`` of an iteration, where the recipe is silent."""
+        given = self.model_dump(include={"combine", "every", "updates_per_iteration"})
+        if self.every == "iteration" and self.updates_per_iteration is None:
+            given["updates_per_iteration"] = updates
+        return given
 
 
 class InterleaveSpec(PairSpec):
@@ -111,9 +122,17 @@ class InterleaveSpec(PairSpec):
         self.schedule()
         return self
 
-    def schedule(self, *, watched: bool = False) -> Interleave:
-        """The schedule; ``watched``: with estimates, unless the recipe says otherwise."""
-        cycle = self.model_dump(include={"combine", "every", "updates_per_iteration"})
+    def schedule(self, *, updates: int | None = 1, watched: bool = False) -> Interleave:
+        """The schedule.
+
+        Parameters
+        ----------
+        updates : int, optional
+            Of an iteration, where the recipe does not say.
+        watched : bool
+            With estimates, unless the recipe says otherwise.
+        """
+        cycle = self.cycle(updates)
         if self.counts is not None:
             return Interleave(self.counts, **cycle)
         assert self.first is not None and self.second is not None and self.ratio is not None
@@ -149,8 +168,9 @@ class AdaptiveInterleaveSpec(PairSpec):
         self.schedule()
         return self
 
-    def schedule(self) -> AdaptiveInterleave:
-        return AdaptiveInterleave(**self.model_dump(exclude={"kind"}))
+    def schedule(self, *, updates: int | None = 1) -> AdaptiveInterleave:
+        """The schedule; ``updates`` of an iteration, where the recipe does not say."""
+        return AdaptiveInterleave(**self.model_dump(exclude={"kind"}) | self.cycle(updates))
 
     @property
     def objectives(self) -> tuple[str, ...]:

@@ -1,9 +1,11 @@
 """Environments: one interface over Gymnasium, Meta-World, robosuite, FurnitureBench and a toy.
 
 What resuming restores: the point mass exactly, from its saved state. Gymnasium's MuJoCo tasks,
-Meta-World, Fetch and robosuite exactly as well, by running the unfinished episodes again from their
-seeds and actions, on the same machine and versions. A simulator that does not repeat itself goes on
-from where the same actions led, with a warning. FurnitureBench cannot be resumed within an episode.
+Meta-World, Fetch and robosuite's Lift and Can exactly as well, by running the unfinished episodes
+again from their seeds and actions, on the same machine and versions; of any other task this is
+tried, and checked by the last observations. Where it fails, loading warns: the episode goes on from
+where the same actions led or, if they ended it early, begins again. FurnitureBench has no state to
+save, and its running episodes always begin again from their seeds, with a warning.
 """
 
 from holdfast.control.environments.evaluation import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -59,8 +60,8 @@ class Simulator(Protocol):
         """A picture ``(height, width, 3)`` of every environment."""
         ...
 
-    def state_dict(self) -> dict[str, Any]:
-        """The whole state: nested JSON values and tensors."""
+    def state_dict(self) -> dict[str, Any] | None:
+        """The whole state: nested JSON values and tensors; ``None`` if it cannot be had."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -69,7 +70,11 @@ class Simulator(Protocol):
 
 
 class BatchedEnvironment(VectorEnvironment):
-    """Episodes, chunks and windows of observations over a :class:`Simulator`."""
+    """Episodes, chunks and windows of observations over a :class:`Simulator`.
+
+    Of a simulator without a state the seeds of the running episodes are saved: loading begins these
+    episodes again, with a warning.
+    """
 
     def __init__(
         self,
@@ -113,12 +118,21 @@ class BatchedEnvironment(VectorEnvironment):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> Floats:
         self.schedule.load_state_dict(state["schedule"])
+        self._started = True
+        if state["simulator"] is None:
+            warnings.warn(
+                f"{self.name} cannot save its state: the running episodes of its {self.count} "
+                "environments begin again from their seeds",
+                stacklevel=2,
+            )
+            self.episode_lengths[:], self.episode_returns[:] = 0, 0.0
+            self._enter(np.arange(self.count))
+            return self._window.copy()
         self._simulator.load_state_dict(state["simulator"])
         self._success[:] = state["success"]
         self.episode_lengths[:] = state["lengths"]
         self.episode_returns[:] = state["returns"]
         self._window[:] = state["observations"].numpy()
-        self._started = True
         return self._window.copy()
 
     def _begin(self) -> Floats:
@@ -164,11 +178,16 @@ class BatchedEnvironment(VectorEnvironment):
         )
 
     def _restart(self, slots: Integers) -> None:
-        seeds = np.array([self.schedule.next(int(slot)) for slot in slots])
+        for slot in slots:
+            self.schedule.next(int(slot))
+        self._enter(slots)
+
+    def _enter(self, slots: Integers) -> None:
+        """Begin the episodes that the schedule has for these environments."""
         self._success[slots] = False
         fresh = slots[self.running[slots]]
         if len(fresh):
-            self._simulator.reset(fresh, seeds[self.running[slots]])
+            self._simulator.reset(fresh, self.schedule.seeds[fresh])
             self._window[fresh] = self._simulator.observe()[fresh, None]
 
     def _see(self, moving: Bools) -> None:

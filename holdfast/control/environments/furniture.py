@@ -105,13 +105,11 @@ class FurnitureSimulator:
     def draw(self) -> list[NDArray[np.uint8]]:
         return [np.asarray(image, dtype=np.uint8) for image in self._vector.render("rgb_array")]
 
-    def state_dict(self) -> dict[str, Any]:
-        raise SimulatorError(
-            "FurnitureSim cannot save its state: begin its episodes anew with reset(seed) instead"
-        )
+    def state_dict(self) -> None:
+        """FurnitureSim cannot save its state."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        raise SimulatorError("FurnitureSim cannot load a state: begin anew with reset(seed)")
+        raise SimulatorError("FurnitureSim has no state to load")
 
 
 @contextmanager

@@ -22,6 +22,12 @@ from holdfast.control.environments.interface import (
 )
 from holdfast.control.environments.optional import SimulatorError, require
 
+_INEXACT = {
+    "other": "they go on from where the same actions led",
+    "anew": "the same actions ended them early, so they begin again",
+}
+"""By what became of an episode that was not restored: what is said of it."""
+
 
 class GymnasiumEnvironment(VectorEnvironment):
     """Gymnasium environments that are stepped one after another, with same-step autoreset.
@@ -30,7 +36,7 @@ class GymnasiumEnvironment(VectorEnvironment):
     the actions executed in them; loading runs those episodes again up to the same step. This is
     exact where an episode is a function of its seed and actions, which holds for Gymnasium's
     MuJoCo tasks, Meta-World, Fetch and robosuite. Where it does not hold, loading warns, and the
-    episode goes on from wherever the same actions led.
+    episode goes on from wherever the same actions led; if they ended it early, it begins again.
 
     Parameters
     ----------
@@ -109,14 +115,16 @@ class GymnasiumEnvironment(VectorEnvironment):
         self.episode_lengths[:] = state["lengths"]
         self.episode_returns[:] = state["returns"]
         self._started = True
-        changed = [slot for slot, (_, exact) in enumerate(restored) if not exact]
-        if changed:
-            warnings.warn(
-                f"{self.name}: the running episodes of environments {changed} were not restored "
-                "exactly, because the simulator does not repeat itself; they go on from where the "
-                "same actions led",
-                stacklevel=2,
-            )
+        found = {how: [s for s, (_, h) in enumerate(restored) if h == how] for how in _INEXACT}
+        for slot in found["anew"]:
+            self.episode_lengths[slot], self.episode_returns[slot] = 0, 0.0
+        for how, slots in found.items():
+            if slots:
+                warnings.warn(
+                    f"{self.name}: the running episodes of environments {slots} were not restored "
+                    f"exactly, because the simulator does not repeat itself; {_INEXACT[how]}",
+                    stacklevel=2,
+                )
         return np.stack([window for window, _ in restored])
 
     def close(self) -> None:

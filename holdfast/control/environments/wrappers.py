@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from holdfast.control.environments.optional import SimulatorError
 from holdfast.control.environments.seeds import PARKED
 
+Restored = Literal["exact", "other", "anew"]
 SUCCESS_KEYS = ("success", "is_success")
 """Where a step's ``info`` tells of success: Meta-World and robosuite, gymnasium-robotics."""
 
@@ -106,21 +107,27 @@ class Episodes(gymnasium.Wrapper):
             "window": torch.from_numpy(self._window.copy()),
         }
 
-    def restore(self, seed: int, saved: Mapping[str, Any]) -> tuple[NDArray[np.float32], bool]:
+    def restore(self, seed: int, saved: Mapping[str, Any]) -> tuple[NDArray[np.float32], Restored]:
         """Run the episode of ``seed`` again up to where it was saved.
+
+        If the simulator does not repeat itself, and ends the episode before that, it begins again.
 
         Returns
         -------
         tuple
-            The window of observations, and whether it is exactly the saved one.
+            The window of observations, and what it is: ``exact``, the saved one; ``other``, where
+            the same actions led; ``anew``, the first of the episode.
         """
         self._begin(seed)
-        self._actions = list(saved["actions"].numpy())
-        for action in self._actions:
-            self._seen(self.env.step(action)[0])
+        for action in saved["actions"].numpy():
+            observation, _, terminated, truncated, _ = self.env.step(action)
+            if terminated or truncated:
+                return self._begin(seed), "anew"
+            self._seen(observation)
+            self._actions.append(action.copy())
         self._success = bool(saved["success"])
         exact = self._parked or np.array_equal(self._window, saved["window"].numpy())
-        return self._window.copy(), exact
+        return self._window.copy(), "exact" if exact else "other"
 
     def _begin(self, seed: int) -> NDArray[np.float32]:
         self._parked = seed == PARKED

@@ -101,11 +101,21 @@ def test_placements_follow_the_seed_and_leave_numpys_state_alone(stand_in):
     np.testing.assert_array_equal(before, np.random.get_state()[1])
 
 
-def test_it_says_that_its_state_cannot_be_saved(stand_in):
-    environments = make_environments(NAME, 1)
-    environments.reset(0)
-    with pytest.raises(SimulatorError, match="cannot save its state"):
-        environments.state_dict()
+def test_without_a_state_the_running_episodes_begin_again_from_their_seeds(stand_in):
+    environments = make_environments(NAME, 2)
+    first = environments.reset(3)
+    seeds = environments.seeds
+    chunk = np.ones((2, 2, 8), dtype=np.float32)
+    environments.step(chunk)
+    state = environments.state_dict()
+    for other in (environments, make_environments(NAME, 2)):
+        with pytest.warns(UserWarning, match="furniture/one_leg cannot save its state"):
+            seen = other.load_state_dict(state)
+        np.testing.assert_array_equal(seen, first)
+        np.testing.assert_array_equal(other.seeds, seeds)
+        step = other.step(chunk)
+        assert step.episode_lengths.tolist() == [2, 2] == step.lengths.tolist()
+        assert not step.ended.any() and step.episode_returns.tolist() == [2.0, 2.0]
 
 
 def test_without_isaac_gym_the_message_says_what_it_takes(monkeypatch):

@@ -30,3 +30,20 @@ def test_lift_repeats_itself():
         environments.reset([3])
         seen.append([environments.step(chunk).observations for chunk in chunks])
     np.testing.assert_array_equal(*seen)
+
+
+@pytest.mark.parametrize("task", ["lift", "can"])
+def test_a_loaded_state_goes_on_bit_for_bit(task):
+    pytest.importorskip("robosuite")
+    options = EnvironmentOptions(time_limit=14, history=2)
+    first, second = (make_environments(f"robosuite/{task}", 2, options=options) for _ in range(2))
+    draw = np.random.default_rng(0)
+    first.reset(0)
+    for chunk in draw.uniform(-1, 1, (7, 2, 3, 7)).astype(np.float32):
+        first.step(chunk)  # into the second episode
+    second.load_state_dict(first.state_dict())
+    for chunk in draw.uniform(-1, 1, (7, 2, 3, 7)).astype(np.float32):
+        one, other = first.step(chunk), second.step(chunk)
+        np.testing.assert_array_equal(one.final_observations, other.final_observations)
+        np.testing.assert_array_equal(one.observations, other.observations)
+        np.testing.assert_array_equal(one.rewards, other.rewards)

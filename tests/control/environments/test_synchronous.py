@@ -108,6 +108,34 @@ def test_what_does_not_repeat_itself_is_loaded_with_a_warning():
     assert environments.episode_lengths[0] == 3
 
 
+class Shorter(OnePoint):
+    """Every episode after the first is over after two steps."""
+
+    begun = 0
+
+    def reset(self, *, seed=None, options=None):
+        self.begun, self.taken = self.begun + 1, 0
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action):
+        observation, reward, terminated, truncated, info = super().step(action)
+        self.taken += 1
+        return observation, reward, terminated or (self.begun > 1 and self.taken == 2), False, info
+
+
+def test_an_episode_that_ends_before_where_it_was_saved_begins_again():
+    make = partial(limited, Shorter, 20)
+    environments = GymnasiumEnvironment("p", 1, make, options=EnvironmentOptions(), seed=0)
+    first = environments.reset(0)
+    environments.step(np.zeros((1, 3, 2), dtype=np.float32))
+    with pytest.warns(UserWarning, match=r"environments \[0\] were not restored .* begin again"):
+        seen = environments.load_state_dict(environments.state_dict())
+    np.testing.assert_array_equal(seen, first)
+    assert environments.episode_lengths[0] == 0 == environments.episode_returns[0]
+    step = environments.step(np.zeros((1, 1, 2), dtype=np.float32))
+    assert step.episode_lengths[0] == 1 and not step.ended[0]
+
+
 def test_sparse_needs_a_task_that_reports_success():
     pytest.importorskip("mujoco")
     environments = make_environments("Hopper-v5", 1, options=EnvironmentOptions(sparse=True))
