@@ -127,3 +127,9 @@ def test_bad_flows_are_refused():
         maximum_entropy_irl(model, Flow(np.zeros((2, 2)), np.zeros(2)))
     with pytest.raises(ValueError, match="ridge"):
         maximum_entropy_irl(model, Flow(np.zeros((STATES, ACTIONS)), np.zeros(STATES)), ridge=-1.0)
+
+
+def test_trajectories_that_are_interleaved_are_refused_with_the_row():
+    rows = Transitions([0, 0, 0], [0, 0, 0], [0.0] * 3, [0, 0, 0], trajectory=[4, 7, 4])
+    with pytest.raises(ValueError, match="trajectory 4 goes on in row 2"):
+        demonstrated_flow(rows, 1, 1, 0.9)

@@ -66,3 +66,13 @@ def test_a_wrong_anchor_shapes_the_reward():
 def test_what_cannot_be_inverted_is_refused(policy, anchor, reward, message):
     with pytest.raises(ValueError, match=message):
         inverse_reward(policy, np.full((2, 2, 2), 0.5), anchor, reward, 0.9)
+
+
+def test_float32_inputs_are_taken():
+    model = TabularMDP.random(30, 3, 0.9, seed=4)
+    policy = model.soft_policy_iteration().policy.astype(np.float32)
+    assert np.abs(policy.astype(np.float64).sum(1) - 1).max() > 1e-8
+    found = inverse_reward(
+        policy, model.transitions.astype(np.float32), 1, model.rewards[:, 1], 0.9
+    )
+    np.testing.assert_allclose(found, model.rewards, atol=1e-4)

@@ -116,6 +116,7 @@ def test_the_bus_is_the_task_it_is_named_after():
         ({"transitions": np.array([[[1.5, -0.5]], [[0.5, 0.5]]])}, "entry -0.5"),
         ({"transitions": np.full((2, 1, 2), np.inf)}, "not finite"),
         ({"terminal": [True]}, "terminal has shape"),
+        ({"terminal": [True, True]}, "terminal is true of every state"),
     ],
 )
 def test_what_is_no_decision_problem_is_refused(change, message):
@@ -126,3 +127,45 @@ def test_what_is_no_decision_problem_is_refused(change, message):
     }
     with pytest.raises(ValueError, match=message):
         TabularMDP(**(given | change))
+
+
+def test_rows_that_were_rounded_to_float32_are_taken_and_sum_to_one():
+    exact = TabularMDP.random(50, 3, 0.9, seed=0)
+    rough = TabularMDP(exact.transitions.astype(np.float32), exact.rewards, 0.9)
+    assert np.abs(exact.kernel.astype(np.float32).sum(1) - 1).max() > 1e-8, "rounding shows"
+    np.testing.assert_allclose(rough.kernel.sum(1), 1.0, atol=1e-15)
+    np.testing.assert_allclose(rough.kernel, exact.kernel, atol=1e-7)
+    thin = TabularMDP(sparse.csr_array(exact.kernel.astype(np.float32)), exact.rewards, 0.9)
+    np.testing.assert_allclose(thin.kernel.toarray(), rough.kernel, atol=1e-15)
+    policy = rough.soft_policy_iteration().policy.astype(np.float32)
+    law = (policy / np.float32(50)).astype(np.float32)
+    assert len(rough.sample(5, seed=0, law=law)) == 5
+    assert len(rough.sample_trajectories(2, 3, seed=0, policy=policy)) == 6
+
+
+def test_moves_in_a_grid_cost_as_told():
+    """Two by two, slip 0.2, the end in the corner: a share of the goal where a move may lead."""
+    model = TabularMDP.gridworld(2, 2, 0.9, slip=0.2, goal=5.0)
+    up, right, down, left = (-0.04, -0.04, -0.04, -0.04)
+    np.testing.assert_allclose(model.rewards[0], [up, right, down, left])  # the end is not near
+    # State 1 is above the end: down leads there, and slips of the moves across do.
+    np.testing.assert_allclose(model.rewards[1], [-0.04, 0.46, 3.96, 0.46])
+    np.testing.assert_allclose(model.transitions.toarray()[1 * 4 + 1], [0.0, 0.9, 0.0, 0.1])
+    np.testing.assert_allclose(model.transitions.toarray()[1 * 4 + 3], [0.8, 0.1, 0.0, 0.1])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: m.sample(3, seed=0, law=np.full((2, 1), 0.4)), "law sums to 0.8"),
+        (lambda m: m.sample(3, seed=0, law=np.ones(2)), "law has shape"),
+        (lambda m: m.sample_trajectories(1, 1, seed=0, policy=[[1.0], [2.0]]), "in state 1"),
+        (lambda m: m.sample_trajectories(1, 1, seed=0, policy=[[1.0]]), "policy has shape"),
+        (lambda m: m.sample_trajectories(1, 1, seed=0, initial=[1.5, -0.5]), "initial sums to 1"),
+        (lambda m: m.sample_trajectories(1, 1, seed=0, initial=[1.0]), "initial has shape"),
+    ],
+)
+def test_what_is_no_probability_is_not_drawn_from(call, message):
+    model = TabularMDP(np.full((2, 1, 2), 0.5), np.zeros((2, 1)), 0.9)
+    with pytest.raises(ValueError, match=message):
+        call(model)

@@ -81,3 +81,31 @@ def test_what_replicas_would_share_is_refused():
     net = mlp(2, (5,), 3, seed=0)
     with pytest.raises(ValueError, match="zeta has buffers"):
         Networks(net, nn.Sequential(nn.BatchNorm1d(2), net))
+
+
+def test_float32_is_computed_in_float64():
+    data = observed(0)
+    rough = Transitions(
+        data.state.astype(np.float32), data.action, data.reward, data.next_state.astype(np.float32)
+    )
+    fine = Transitions(
+        rough.state.astype(float), data.action, data.reward, rough.next_state.astype(float)
+    )
+    settings = Sgda(steps=3, step=Constant(0.05), batch_size=4)
+    ends = []
+    for rows in (rough, fine):
+        problem = SaddleProblem(rows, 0.9, pair())
+        ends.append(descend_ascend(problem, Batch.stack([rows]), settings).primal)
+    assert ends[0].dtype == torch.float64 and torch.equal(*ends)
+    single = Networks(*(mlp(2, (5,), 3, seed=0).float() for _ in range(2)))
+    found = descend_ascend(SaddleProblem(rough, 0.9, single), Batch.stack([rough]), settings)
+    assert found.primal.dtype == torch.float64 and bool(torch.isfinite(found.primal).all())
+
+
+@pytest.mark.parametrize("column", ["state", "next_state"])
+def test_linear_functions_have_no_states_before_the_first(column):
+    """An index of -1 would silently be the last."""
+    columns = {"state": [0, 1], "action": [0, 0], "reward": [0.0, 0.0], "next_state": [1, 0]}
+    columns[column] = [0, -1]
+    with pytest.raises(ValueError, match=f"^{column} is -1 in row 1"):
+        SaddleProblem(Transitions(**columns), 0.9, Linear(np.eye(2)[:, None]))

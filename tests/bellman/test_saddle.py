@@ -272,3 +272,24 @@ def test_an_unknown_reward_is_refused_where_it_is_needed():
     data = Transitions([0, 1], [0, 1], [1.0, np.nan], [1, 0])
     with pytest.raises(ValueError, match="reward is nan in row 1"):
         bellman_saddle(q, zeta, data, discount=0.9)
+
+
+def test_arrays_do_as_tensors():
+    data = TabularMDP.random(S, A, 0.9, seed=3).sample(40, seed=0)
+    q, zeta = tables(2)
+    arrays = q.detach().numpy(), zeta.detach().numpy()
+    for loss in (
+        lambda q, z: bellman_saddle(q, z, data, discount=0.9),
+        lambda q, z: td_error(q, data, discount=0.9),
+        lambda q, z: gladius(q, z, data, discount=0.9, anchor_action=1),
+    ):
+        assert loss(*arrays).total.item() == loss(q, zeta).total.item()
+    with pytest.raises(ValueError, match="q is torch.int64"):
+        bellman_saddle(np.ones((S, A), int), arrays[1], data, discount=0.9)
+
+
+@pytest.mark.parametrize("anchor", [-1, A, [0, 1, A], 0.5])
+def test_an_anchor_that_is_no_action_is_refused(anchor):
+    data = TabularMDP.random(S, A, 0.9, seed=3).sample(40, seed=0)
+    with pytest.raises(ValueError, match="anchor_action is .*0 ... 2"):
+        gladius(*tables(0), data, discount=0.9, anchor_action=anchor)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from holdfast.bellman import TabularMDP
+from holdfast.bellman import TabularMDP, solve
 from holdfast.bellman.solve import soft_policy, soft_value, soft_value_iteration
 from holdfast.errors import HoldfastError
 
@@ -93,3 +93,24 @@ def test_a_bad_tolerance_and_too_few_sweeps_are_told():
         model.soft_value_iteration(0.0)
     with pytest.raises(HoldfastError, match="after 3 sweeps.*soft_policy_iteration"):
         soft_value_iteration(model, 1e-10, max_sweeps=3)
+
+
+def test_what_stands_in_the_row_of_an_end_is_never_read():
+    """A huge number there must not pass for rounding error elsewhere."""
+    kernel = np.zeros((3, 1, 3))
+    kernel[[0, 1, 2], 0, [1, 0, 2]] = 1.0
+    kernel[0, 0] = [0.0, 0.5, 0.5]
+    model = TabularMDP(kernel, [[1.0], [2.0], [1e14]], 0.9, terminal=[False, False, True])
+    first = 1.9 / (1 - 0.9 * 0.45)  # q0 = 1 + 0.45 q1 and q1 = 2 + 0.9 q0
+    for found in (model.soft_value_iteration(1e-12), model.soft_policy_iteration(1e-12)):
+        np.testing.assert_allclose(found.q[:, 0], [first, 2 + 0.9 * first, 0.0], atol=1e-11)
+
+
+def test_where_products_do_not_settle_factors_do(monkeypatch):
+    sparse_model = TabularMDP.random(40, 2, 0.95, seed=3, successors=3)
+    wanted = TabularMDP(
+        sparse_model.kernel.toarray().reshape(40, 2, 40), sparse_model.rewards, 0.95
+    )
+    monkeypatch.setattr(solve, "bicgstab", lambda system, rewards, **_: (0.0 * rewards, 1))
+    found = sparse_model.soft_policy_iteration(1e-12)
+    np.testing.assert_allclose(found.q, wanted.soft_policy_iteration(1e-12).q, atol=1e-9)

@@ -62,3 +62,16 @@ def test_bad_columns_are_refused(change, message):
 def test_a_row_outside_the_table_is_named():
     with pytest.raises(ValueError, match="next_state is 2 in row 1"):
         Transitions([0, 1], [0, 1], [0.0, 0.0], [1, 2]).check_tabular(2, 2)
+
+
+def test_ends_are_true_or_false():
+    ended = Transitions([0, 0], [0, 0], [0.0, 0.0], [0, 0], terminal=[0.0, 1.0])
+    assert ended.terminal.tolist() == [False, True]
+    for bad in ([0, 2], [0.0, 0.5], [0.0, np.nan], [-1, 0]):
+        with pytest.raises(ValueError, match="terminal is .* in row"):
+            Transitions([0, 0], [0, 0], [0.0, 0.0], [0, 0], terminal=bad)
+
+
+def test_states_that_only_end_are_not_entered():
+    data = Transitions([0, 1], [0, 0], [0.0, 0.0], [3, 2], terminal=[True, False])
+    assert data.entered(5).tolist() == [True, True, True, False, False]
