@@ -100,14 +100,13 @@ def analyse(cells: Mapping[str, Any]) -> dict[str, Any]:
             "final": round(float(np.median(finals)), 4),
             "interval": [round(x, 4) for x in bootstrap_interval(finals[:, None], np.median)],
             "lowest": round(float(np.median([min(run["curve"][after:]) for run in runs])), 4),
-            "moved": _median([run["moved"] for run in runs]),
+            "moved": _median([run["moved"] for run in runs if run["moved"] is not None]),
         }
     return tables
 
 
 def _median(values: list[float]) -> float | None:
-    middle = float(np.median(values))
-    return float(f"{middle:.3g}") if np.isfinite(middle) else None
+    return float(f"{np.median(values):.3g}") if values else None
 
 
 def draw(tables: Mapping[str, Any], path: Path) -> None:

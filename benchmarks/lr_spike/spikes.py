@@ -88,7 +88,8 @@ LENGTHS = {
 
 def run(trainer: Trainer, length: Length, score: Any, *, spike: bool) -> dict[str, Any]:
     """Train; the learning rate is ``FACTOR`` times as high in one step."""
-    curve, change = [score()], math.nan
+    curve: list[float] = [score()]
+    change: float | None = None
     groups = trainer._optimizer_plain.param_groups
     for step in range(length.steps):
         rates = [group["lr"] for group in groups]
