@@ -407,7 +407,7 @@ def harmonic(
 
 
 def row_curvature(problem: SaddleProblem, step_ratio: float) -> float:
-    """A bound on the curvature of one row's losses, each times its player's step.
+    """A bound on the curvature of one row's losses at the saddle, each times its player's step.
 
     The Bellman term's is at most ``2 (1 + discount)^2`` in ``Q`` and ``2 discount^2`` in ``zeta``;
     with an anchor, the likelihood's is 1, the Bellman term has its weight, and the fit of the dual

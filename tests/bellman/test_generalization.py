@@ -116,3 +116,31 @@ def test_a_users_own_rows_are_judged_on_those_held_out():
     assert found.risk.mean(1)[0] > found.risk.mean(1)[1] > 0
     with pytest.raises(ValueError, match="discount must be given"):
         measure_generalization(rows)
+
+
+def test_the_weak_gap_of_several_runs_takes_means_before_extremes():
+    """``max_v mean F(w_k, v) - min_w mean F(w, v_k)``, both by a general solver."""
+    model = TabularMDP.random(2, 2, 0.6, seed=0)
+    centre = model.soft_policy_iteration().q
+    rng = np.random.default_rng(0)
+    q = centre + 0.3 * rng.standard_normal((3, 2, 2))
+    zeta = model.expected(soft_value(centre)) + 0.3 * rng.standard_normal((3, 2, 2))
+
+    def value(w: np.ndarray, v: np.ndarray) -> float:
+        ahead = model.expected(soft_value(w))
+        residual = model.rewards + 0.6 * ahead - w
+        return float((LAW * (residual**2 - 0.36 * (ahead - v) ** 2)).sum())
+
+    def mean_over_w(x: np.ndarray) -> float:
+        return float(np.mean([value(w, x.reshape(2, 2)) for w in q]))
+
+    def mean_over_v(x: np.ndarray) -> float:
+        return float(np.mean([value(x.reshape(2, 2), v) for v in zeta]))
+
+    most = -minimize(lambda x: -mean_over_w(x), zeta[0].ravel(), options={"gtol": 1e-10}).fun
+    inside = {"type": "ineq", "fun": lambda x: 1.0 - ((x - centre.ravel()) ** 2).sum()}
+    least = minimize(
+        mean_over_v, centre.ravel(), constraints=inside, method="SLSQP", options={"ftol": 1e-14}
+    ).fun
+    found = weak_gap(model, q, zeta, LAW, 1.0, steps=2000)
+    assert found == pytest.approx(most - least, rel=1e-4)

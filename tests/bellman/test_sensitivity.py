@@ -3,7 +3,16 @@ import json
 import numpy as np
 import pytest
 
-from holdfast.bellman import Constant, SaddleProblem, Sgda, TabularMDP, Transitions, rank_influence
+from holdfast.bellman import (
+    Constant,
+    CoverageError,
+    SaddleProblem,
+    Sgda,
+    TabularMDP,
+    Transitions,
+    rank_influence,
+    sensitivity,
+)
 from holdfast.bellman.sensitivity import measure_sensitivity
 from holdfast.errors import DataError, TrainingError
 
@@ -60,3 +69,29 @@ def test_data_in_which_nothing_can_be_replaced_are_refused():
     data = Transitions(pairs[:, 0], pairs[:, 1], np.ones(4), np.array([0, 1, 1, 0]))
     with pytest.raises(DataError, match="occurs but once"):
         measure_sensitivity(SaddleProblem.tabular(data, 0.5), SETTINGS, sizes=0)
+
+
+def test_only_a_lack_of_pairs_makes_the_curve_shorter(monkeypatch):
+    problem = SaddleProblem.tabular(GRID.sample(150, seed=0), 0.6)
+
+    def lacking(*_, sizes, **__):
+        raise CoverageError(f"sizes includes {sizes[0]}")
+
+    def broken(*_, **__):
+        raise ValueError("something else")
+
+    monkeypatch.setattr(sensitivity, "measure_stability", lacking)
+    found = measure_sensitivity(problem, SETTINGS, rows=1, draws=1, sizes=3)
+    assert found.curve is None
+    monkeypatch.setattr(sensitivity, "measure_stability", broken)
+    with pytest.raises(ValueError, match="something else"):
+        measure_sensitivity(problem, SETTINGS, rows=1, draws=1, sizes=3)
+
+
+def test_anchors_of_states_are_in_the_record():
+    model = TabularMDP.bus(3, 0.6, cost=0.5, replacement=0.6, drives_on=True)
+    data = model.sample_trajectories(20, 20, seed=0)
+    problem = SaddleProblem.tabular(data, 0.6, anchor_action=np.array([1, 0, 1]))
+    found = measure_sensitivity(problem, SETTINGS, rows=2, draws=1, sizes=0)
+    record = json.loads(json.dumps(found.record(range(len(data)))))
+    assert record["anchor_action"] == [1, 0, 1] and record["quantity"] == "reward"

@@ -5,15 +5,17 @@ import torch
 from holdfast.bellman import (
     Constant,
     Harmonic,
+    Linear,
     SaddleProblem,
     Sgda,
+    Tables,
     TabularMDP,
     Transitions,
     bellman_saddle,
     solve_saddle,
 )
 from holdfast.bellman.problem import Batch
-from holdfast.bellman.sgda import descend_ascend
+from holdfast.bellman.sgda import descend_ascend, harmonic, row_curvature
 from holdfast.errors import TrainingError
 
 MODEL = TabularMDP.random(3, 2, 0.5, seed=0)
@@ -200,3 +202,91 @@ def test_an_anchor_never_taken_is_refused():
 def test_numbers_out_of_range_are_named(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         Sgda(**({"steps": 1, "step": Constant(0.1)} | change))
+
+
+def test_a_solution_says_how_far_it_may_be_and_warns():
+    data = TabularMDP.random(4, 2, 0.8, seed=1).sample(1000, seed=0)
+    exact, _ = SaddleProblem.tabular(data, 0.8).exact()
+    found = solve_saddle(data, discount=0.8)
+    assert found.converged and found.residual < 1e-7
+    with pytest.warns(RuntimeWarning, match="not converged after 40 steps.*give more steps"):
+        early = solve_saddle(data, discount=0.8, steps=40)
+    assert not early.converged
+    off = np.abs(early.q - exact).max()
+    assert 1e-3 < off <= early.residual / (1 - 0.8)
+    assert early.residual <= 2 * off, "no loose bound either"
+
+
+def test_an_inverse_solution_says_how_far_it_may_be():
+    model = TabularMDP.bus(4, 0.8, cost=0.3, replacement=1.0, drives_on=True)
+    data = model.sample_trajectories(60, 40, seed=0)
+    exact, _ = SaddleProblem.tabular(data, 0.8, anchor_action=1).exact()
+    with pytest.warns(RuntimeWarning):
+        early = solve_saddle(data, discount=0.8, anchor_action=1, steps=100)
+    off = np.abs(early.q - exact).max()
+    assert not early.converged and 1e-3 < off <= 3 * early.residual / (1 - 0.8)
+
+
+def test_an_end_has_no_value():
+    data = TabularMDP.gridworld(2, 2, 0.6).sample(400, seed=0)
+    found = solve_saddle(data, discount=0.6)
+    assert found.v[3] == 0.0 and (np.abs(found.v[:3]) > 0.1).all()
+
+
+@pytest.mark.filterwarnings("ignore:solve_saddle has not converged")
+def test_the_anchor_may_differ_by_state():
+    model = TabularMDP.bus(4, 0.6, cost=0.3, replacement=1.0, drives_on=True)
+    data = model.sample_trajectories(60, 40, seed=0)
+    anchor = np.array([0, 1, 1, 0])
+    exact, zeta = SaddleProblem.tabular(data, 0.6, anchor_action=anchor).exact()
+    found = solve_saddle(data, discount=0.6, anchor_action=anchor)
+    np.testing.assert_allclose(found.q, exact, atol=1e-6)
+    known = model.rewards[np.arange(4), anchor]
+    np.testing.assert_allclose((exact - 0.6 * zeta)[np.arange(4), anchor], known, atol=1e-10)
+
+
+def test_harmonic_steps_have_twice_the_inverse_margin_as_scale():
+    step = harmonic(0.5, 2.0, 0.1)
+    assert (step.scale, step.offset) == (20.0, 20.0 * 2 * 2 * 1.5**2)
+    assert harmonic(0.9, 10.0, 0.1).offset == pytest.approx(20.0 * 2 * 20 * 0.81)
+    assert harmonic(0.5, 2.0, 0.1, curvature=50.0).offset == 2000.0
+
+
+@pytest.mark.parametrize("anchor", [None, 1])
+@pytest.mark.parametrize("linear", [False, True])
+def test_the_curvature_of_a_row_is_bounded(anchor, linear):
+    """Against the largest eigenvalues of the Hessians of single rows, at random parameters."""
+    rng = np.random.default_rng(0)
+    data = TabularMDP.random(3, 2, 0.9, seed=0).sample(40, seed=0)
+    functions = Linear(3.0 * rng.standard_normal((3, 2, 4))) if linear else Tables(3, 2)
+    problem = SaddleProblem(data, 0.9, functions, anchor, 1.0 if anchor is None else 5.0)
+    ratio = 6.0
+    largest = 0.0
+    for row in range(len(data)):
+        batch = Batch.stack([data[row : row + 1]])
+        size = len(functions.initial()[0])
+        w, v = (torch.tensor(rng.standard_normal(size)) for _ in range(2))
+
+        def down(x, v=v, batch=batch):
+            return problem.losses(x[None], v[None], batch)[0][0]
+
+        def up(x, w=w, batch=batch):
+            return problem.losses(w[None], x[None], batch)[1][0]
+
+        for scale, curve, at in ((1.0, down, w), (ratio, up, v)):
+            hessian = torch.autograd.functional.hessian(curve, at)
+            largest = max(largest, scale * float(torch.linalg.eigvalsh(hessian).max()))
+    bound = row_curvature(problem, ratio)
+    assert 0.2 * bound < largest <= bound * (1 + 1e-12)
+
+
+def test_the_dual_stays_in_the_ball_and_is_averaged_too():
+    data = [MODEL.sample(60, seed=0)]
+    settings = Sgda(steps=200, step=Constant(0.3), radius=0.5)
+    found = run(data, settings, record=range(1, 201))
+    norms = torch.stack([dual.norm() for _, dual in found.record.values()])
+    assert (norms <= 0.5 + 1e-12).all() and norms.max() > 0.49
+    settings = Sgda(steps=40, step=Constant(0.2), averaging=0.25)
+    found = run(data, settings, record=range(1, 41))
+    last = torch.stack([found.record[t][1] for t in range(31, 41)])
+    torch.testing.assert_close(found.dual, last.mean(0))

@@ -4,18 +4,26 @@ import numpy as np
 import pytest
 
 from holdfast.bellman import (
+    Constant,
     Harmonic,
+    Linear,
     Networks,
     SaddleProblem,
     Sgda,
     StabilityResult,
+    Tables,
     TabularMDP,
     Transitions,
     measure_controls,
     measure_stability,
     mlp,
+    stability,
 )
-from holdfast.bellman.stability import default_settings, fit_slope, planned
+from holdfast.bellman.draws import neighbours
+from holdfast.bellman.problem import Batch
+from holdfast.bellman.sgda import descend_ascend
+from holdfast.bellman.stability import _measure, default_settings, fit_slope, planned
+from holdfast.errors import TrainingError
 
 MODEL = TabularMDP.random(2, 2, 0.5, seed=0)
 SIZES = (32, 64, 128, 256)
@@ -156,3 +164,107 @@ def test_negative_controls_do_not_look_like_the_measurement():
     assert (found["own order"].epsilon > 2 * measured.epsilon).all()
     assert (found["common step"].epsilon > 1.5 * measured.epsilon).all()
     assert found["own order"].control > 0.0
+
+
+def test_distances_are_what_runs_alone_give():
+    """Each run of a family on its own, against the batch: what is reported is what it says."""
+    data, spare = MODEL.sample(60, seed=0), MODEL.sample(60, seed=1)
+    family = neighbours(data, spare, 6, np.random.default_rng(0))
+    problem = SaddleProblem(data, 0.5, Tables(2, 2))
+    settings = Sgda(steps=200, step=Harmonic(20.0, 40.0), step_ratio=2.0)
+    found = _measure(problem, [family], settings, 5, True)
+    ends = [
+        descend_ascend(problem, Batch.stack([each]), settings, seed=5, groups=[0])
+        for each in family
+    ]
+    primal, dual = (
+        np.array([getattr(end, name)[0].numpy() for end in ends]) for name in ("primal", "dual")
+    )
+    gone = np.linalg.norm(primal - primal[0], axis=1), np.linalg.norm(dual - dual[0], axis=1)
+    assert gone[1][2:].mean() > 0.05 * gone[0][2:].mean() > 0, "the dual's share shows"
+    assert found[0][0] == pytest.approx((gone[0] + gone[1])[2:].mean(), abs=1e-14)
+    assert found[1][0] == pytest.approx(np.abs(primal - primal[0]).max(1)[2:].mean(), abs=1e-14)
+    exact = np.array([[x.ravel() for x in problem.with_transitions(d).exact()] for d in family])
+    shift = np.linalg.norm(exact[2:] - exact[0], axis=2).sum(1).mean()
+    assert found[2][0] == pytest.approx(shift)
+    off = [np.linalg.norm(x[0] - e) for x, e in zip((primal, dual), exact[0], strict=True)]
+    assert found[3][0] == pytest.approx(sum(off))
+    assert found[4] == 0.0 and found[5]
+
+
+def test_linear_functions_of_pairs_are_measured_as_a_table(monkeypatch):
+    options = dict(sizes=(40, 80), datasets=2, replaced=2, passes=2, settings=STEP)
+    table = measure_stability(MODEL, **options)
+    features = Linear(np.eye(4).reshape(2, 2, 4))
+    linear = measure_stability(MODEL, approximator=features, **options)
+    # Tables are drawn again until every pair is there, which at these sizes they are at once.
+    assert table.rejected == linear.rejected == (0, 0)
+    np.testing.assert_allclose(linear.distance, table.distance, atol=1e-10)
+    np.testing.assert_allclose(linear.saddle_shift, table.saddle_shift, atol=1e-6)
+    np.testing.assert_allclose(linear.optimisation_error, table.optimisation_error, atol=1e-6)
+
+
+def test_ends_take_part():
+    model = TabularMDP.gridworld(2, 2, 0.6, slip=0.3, goal=2.0)
+    result = measure_stability(
+        model, sizes=(100, 400), datasets=3, replaced=4, passes=4, settings=STEP
+    )
+    assert result.control == 0.0 and (result.distance > 0).all()
+    assert (result.saddle_shift > 0).all() and result.epsilon[1] < result.epsilon[0]
+    assert (result.optimisation_error.mean(1) < 2.0).all()
+
+
+def test_runs_that_diverge_have_no_slope():
+    wild = Sgda(steps=1, step=Constant(5.0), step_ratio=2.0)
+    options = dict(sizes=(32, 64), datasets=2, replaced=2, passes=6, settings=wild)
+    with pytest.raises(TrainingError, match="runs on 32 rows diverged within 192 steps.*settings"):
+        measure_stability(MODEL, **options)
+    with np.errstate(all="ignore"):
+        found = measure_stability(MODEL, may_diverge=True, **options)
+    assert not found.epsilon[0] < 1e9
+
+
+def test_data_sets_drawn_again_are_counted(monkeypatch):
+    def seldom(draw, n, approximator, source, rng):
+        return (*draw(n, rng), 3)
+
+    monkeypatch.setattr(stability, "covered_dataset", seldom)
+    found = measure_stability(
+        MODEL, sizes=(64, 128), datasets=2, replaced=1, passes=0.1, settings=STEP
+    )
+    assert found.rejected == (6, 6) and found.table()[0]["rejected"] == 6
+
+
+def test_the_weight_of_the_anchor_reaches_the_runs():
+    model = TabularMDP.bus(
+        3, 0.6, cost=0.5, replacement=0.6, increments=(0.6, 0.3, 0.1), drives_on=True
+    )
+    options = dict(
+        sizes=(100, 200), datasets=2, replaced=2, passes=1, settings=STEP, anchor_action=1
+    )
+    plain, heavy = (measure_stability(model, weight=w, **options) for w in (1.0, 2.0))
+    np.testing.assert_allclose(plain.saddle_shift, heavy.saddle_shift)
+    assert (plain.distance != heavy.distance).all()
+
+
+def test_intervals_of_few_data_sets_hold_the_slope_as_often_as_they_say():
+    """Simulated power laws: a plain bootstrap of four data sets held it in 85 %."""
+    rng = np.random.default_rng(0)
+    sizes = np.array([64, 128, 256, 512])
+    held = 0
+    for _ in range(300):
+        values = np.exp(0.4 * rng.standard_normal((4, 4))) / sizes[:, None]
+        _, (low, high) = fit_slope(sizes, values, rng, draws=300)
+        held += low <= -1.0 <= high
+    assert 0.92 * 300 <= held <= 0.99 * 300
+
+
+def test_networks_and_observations_are_told_what_to_give():
+    rng = np.random.default_rng(0)
+    state, ahead = rng.standard_normal((2, 200, 2))
+    logged = Transitions(state, rng.integers(2, size=200), rng.random(200), ahead)
+    nets = Networks(mlp(2, (4,), 2, seed=0), mlp(2, (4,), 2, seed=1))
+    with pytest.raises(ValueError, match=r"settings must be given for networks.*Sgda\("):
+        measure_stability(logged, discount=0.5, sizes=(20, 40), approximator=nets)
+    with pytest.raises(ValueError, match="give an approximator"):
+        measure_stability(logged, discount=0.5, sizes=(20, 40))
