@@ -139,8 +139,9 @@ class _Rates:
         """``(tokens, ids)``."""
         rates = self._project(self.d_hidden[tokens], self.head.weight, self.d_bias, ids)
         if self.d_weight is not None:
-            rates += self._project(self.hidden[tokens], self.d_weight, None, ids)
-        rates *= self.activation.inner
+            rates.addmm_(self.hidden[tokens], self.d_weight[ids].to(self.kind).T)
+        if self.activation.inner != 1.0:
+            rates *= self.activation.inner
         if self.activation.outer is not None:
             slope = self.activation.slope(self.logits(tokens, ids) if logits is None else logits)
             assert slope is not None
@@ -159,16 +160,14 @@ class _Rates:
         for ids in columns:
             logits = None if threshold is None else self.logits(tokens, ids)
             rates = self(tokens, ids, logits)
-            low = high = rates
-            if threshold is not None and logits is not None:
+            # NaN is carried on, where leaving it out would leave the token without a bound.
+            if threshold is None or logits is None:
+                low, high = rates.amin(-1), rates.amax(-1)
+            else:
                 left_out = logits < threshold
-                low, high = (
-                    rates.masked_fill(left_out, math.inf),
-                    rates.masked_fill(left_out, -math.inf),
-                )
-            # Both carry NaN on, where leaving it out would leave the token without a bound.
-            lowest = torch.minimum(lowest, low.amin(-1))
-            highest = torch.maximum(highest, high.amax(-1))
+                low = rates.masked_fill(left_out, math.inf).amin(-1)
+                high = rates.masked_fill_(left_out, -math.inf).amax(-1)
+            lowest, highest = torch.minimum(lowest, low), torch.maximum(highest, high)
         # Where everything was left out the spread is below 0, and nothing is bounded.
         found = math.pi / (highest - lowest).clamp(min=0.0)
         broken = lowest.isnan() | highest.isnan() | lowest.isneginf() | highest.isposinf()

@@ -288,11 +288,10 @@ class _Running:
         before, here = (
             (x - merged).masked_fill_(nothing, -math.inf) for x in (self.lse[tokens], largest)
         )
-        powers = exponentials.square()
+        squared, cubed = _power_sums(exponentials)
         squares, cubes = self.squares[tokens], self.cubes[tokens]
-        squares.mul_((2 * before).exp_()).add_((2 * here).exp_() * powers.sum(1))
-        powers.mul_(exponentials)
-        cubes.mul_((3 * before).exp_()).add_((3 * here).exp_() * powers.sum(1))
+        squares.mul_((2 * before).exp_()).add_((2 * here).exp_() * squared)
+        cubes.mul_((3 * before).exp_()).add_((3 * here).exp_() * cubed)
 
     def fold_all(
         self, logits: Tensor, activation: Activation, *, keep: bool
@@ -312,6 +311,23 @@ class _Running:
         """As :class:`TokenStatistics` has them, but for its mask."""
         correct = None if self.rival is None else self.target > self.rival
         return self.target - self.lse, self.entropy, correct, self.squares, self.cubes
+
+
+_CACHED = 2**18
+"""Elements whose powers stay in a core's cache until they are summed."""
+
+
+def _power_sums(tile: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of squares and of cubes along the rows of a tile, ``(tokens,)`` each."""
+    size = len(tile) if tile.is_cuda else max(_CACHED // tile.shape[1], 1)
+    squares, cubes = tile.new_empty(len(tile)), tile.new_empty(len(tile))
+    scratch = torch.empty_like(tile[:size])
+    for rows in tiles(len(tile), size):
+        block = tile[rows]
+        powers = torch.mul(block, block, out=scratch[: len(block)])
+        torch.sum(powers, 1, out=squares[rows])
+        torch.sum(powers.mul_(block), 1, out=cubes[rows])
+    return squares, cubes
 
 
 def _residual_(

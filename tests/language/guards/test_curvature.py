@@ -150,6 +150,16 @@ def test_tiles_of_the_head_see_the_same_shifts_as_logits():
     assert_close(dense.cubes, expected)
 
 
+@pytest.mark.parametrize("cached", [1, 20, 2**18])
+def test_moments_do_not_depend_on_how_many_rows_are_summed_at_once(cached, monkeypatch):
+    monkeypatch.setattr("holdfast.language.head.statistics._CACHED", cached)
+    logits = torch.randn(7, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = dense_statistics(logits, torch.arange(7), moments=True)
+    softmax = logits.softmax(-1)
+    assert_close(found.squares, softmax.square().sum(-1))
+    assert_close(found.cubes, softmax.pow(3).sum(-1))
+
+
 def test_banned_ids_leave_no_trace_in_the_moments():
     logits = torch.tensor([[-float("inf"), -float("inf"), 0.0, 1.0]])
     head = Head(torch.zeros(4, 1), logits[0].clone())
