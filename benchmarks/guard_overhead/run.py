@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -64,11 +65,11 @@ class Watch:
 
 
 def compare(name: str, setting: str, rounds: int) -> Times:
-    """Whole optimiser steps, side after side, in an order that turns round every time."""
+    """Whole optimiser steps, side after side, in an order that is drawn anew every time."""
     sides = trainers(name, SETTINGS[setting])
-    watch = Watch(list(sides))
-    for number in range(rounds):
-        for side in list(sides)[:: 1 if number % 2 else -1]:
+    watch, draw = Watch(list(sides)), random.Random(0)
+    for _ in range(rounds):
+        for side in draw.sample(list(sides), len(sides)):
             watch.time(side, sides[side].train_step)
     return watch.times
 
