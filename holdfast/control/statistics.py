@@ -137,10 +137,6 @@ class RunningScale:
         self.moments.load_state_dict(state["moments"])
         self._returns = returns.to("cpu", torch.float64)
 
-    def restart(self) -> None:
-        """Forget the returns under way, where all environments were reset; keep what was seen."""
-        self._returns = torch.zeros_like(self._returns)
-
 
 class ValueNormalizer:
     """Lets a critic predict returns of mean 0 and deviation 1, whatever their scale.
@@ -152,28 +148,8 @@ class ValueNormalizer:
     def __init__(self) -> None:
         self.moments = RunningMoments()
 
-    def update(self, returns: Tensor, mask: Tensor | None = None) -> None:
-        """See returns.
-
-        Parameters
-        ----------
-        returns : Tensor
-            ``(...)``.
-        mask : Tensor, optional
-            ``(...)``, bool: the ones that count, by default all.
-
-        Raises
-        ------
-        ValueError
-            For a bad mask, or a return that counts and is not finite.
-        """
-        if mask is not None:
-            if mask.dtype != torch.bool or mask.shape != returns.shape:
-                raise ValueError(
-                    f"mask has shape {tuple(mask.shape)} and dtype {mask.dtype}: it must be bool, "
-                    f"of the shape of returns {tuple(returns.shape)}"
-                )
-            returns = returns[mask]
+    def update(self, returns: Tensor) -> None:
+        """See returns ``(...)``; ``ValueError`` for one that is not finite."""
         self.moments.update(returns)
 
     def normalize(self, returns: Tensor) -> Tensor:

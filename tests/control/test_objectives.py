@@ -80,7 +80,6 @@ def test_a_policy_finds_the_action_that_is_rewarded(kind):
     objective = Objective("rl", loss_of(kind), rollouts, observed=observed)
     train(policy, {"rl": objective}, steps, 3e-3)
     assert np.mean(seen[-32:]) > 0.5 * np.mean(seen[:16])  # rewards are negative
-    assert np.mean(seen[-32:]) < 0.0
 
 
 @pytest.mark.parametrize("kind", ["nll", "mse", "denoising"])

@@ -1,10 +1,8 @@
 """Losses of control policies: pure functions from tensors to loss terms."""
 
 from holdfast.control.losses.advantages import (
-    clip_quantiles,
     generalized_advantage,
     normalize_advantages,
-    td_lambda_returns,
 )
 from holdfast.control.losses.cloning import denoising, mse, nll
 from holdfast.control.losses.dipo import improve_actions
@@ -24,7 +22,6 @@ from holdfast.control.losses.regularized import Cloned, with_cloning
 __all__ = [
     "Cloned",
     "advantage_weights",
-    "clip_quantiles",
     "clip_range",
     "denoising",
     "dppo",
@@ -40,7 +37,6 @@ __all__ = [
     "normalize_advantages",
     "ppo",
     "soft_update",
-    "td_lambda_returns",
     "value_loss",
     "weighted_regression",
     "with_cloning",

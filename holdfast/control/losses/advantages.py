@@ -63,35 +63,6 @@ def generalized_advantage(
     return advantages, advantages + worth
 
 
-def td_lambda_returns(
-    rewards: Tensor,
-    next_values: Tensor,
-    terminated: Tensor,
-    truncated: Tensor,
-    *,
-    discount: float,
-    trace: float,
-) -> Tensor:
-    """TD(lambda) returns: the targets of a value function that is to follow the data's policy.
-
-    ``G_t = r_t + discount ((1 - trace) V'_t + trace G_{t+1})``, and ``G_t = r_t + discount V'_t``
-    at the last step of an episode or of the data (Sutton and Barto, "Reinforcement Learning",
-    equation 12.18). Parameters and errors as in :func:`generalized_advantage`, whose returns are
-    the same where ``next_values`` of a step are ``values`` of the next.
-
-    Returns
-    -------
-    Tensor
-        ``(time, environments)``, or the shape given, without a graph.
-    """
-    (gained, after), goes_on = _steps(
-        terminated, truncated, discount, trace, rewards=rewards, next_values=next_values
-    )
-    goes_on[-1:] = 0.0
-    kept = trace * goes_on
-    return _summed(gained + discount * (1.0 - kept) * after, discount * kept)
-
-
 def normalize_advantages(
     advantages: Tensor, mask: Tensor | None = None, *, epsilon: float = 1e-8
 ) -> Tensor:
@@ -129,42 +100,6 @@ def normalize_advantages(
     precise = rows.double()
     scaled = (precise - precise.mean()) / (precise.std() + epsilon)
     return _in_place_of(given, scaled, mask)
-
-
-def clip_quantiles(
-    advantages: Tensor, mask: Tensor | None = None, *, low: float = 0.0, high: float = 1.0
-) -> Tensor:
-    """Advantages held between two of their own quantiles, so that few of them cannot dominate.
-
-    As in :func:`normalize_advantages`, take a whole batch.
-
-    Parameters
-    ----------
-    advantages : Tensor
-        ``(...)``.
-    mask : Tensor, optional
-        ``(...)``, bool: the rows that count, by default all.
-    low, high : float
-        Quantiles, with ``0 <= low < high <= 1``; 0 and 1 change nothing.
-
-    Returns
-    -------
-    Tensor
-        ``(...)``, at least float32, without a graph, and 0 where a row does not count.
-
-    Raises
-    ------
-    ValueError
-        For a bad shape or number, or an advantage that is not finite.
-    """
-    if not 0.0 <= low < high <= 1.0:
-        raise ValueError(f"low is {low} and high {high}: they must be 0 <= low < high <= 1")
-    given, rows = _of_rows("advantages", advantages, mask)
-    if not len(rows):
-        return given
-    bounds = rows.new_tensor([low, high])
-    lowest, highest = rows.quantile(bounds).unbind()
-    return _in_place_of(given, rows.clamp(lowest, highest), mask)
 
 
 # Shared maths -------------------------------------------------------------------------------------

@@ -23,9 +23,8 @@ def ppo(
     mask: Tensor | None = None,
     *,
     epsilon: float = 0.2,
-    epsilon_high: float | None = None,
 ) -> LossTerms:
-    """``-min(r A, clip(r, 1 - epsilon, 1 + epsilon_high) A)`` with ``r`` the ratio of policies.
+    """``-min(r A, clip(r, 1 - epsilon, 1 + epsilon) A)`` with ``r`` the ratio of policies.
 
     Schulman et al., "Proximal Policy Optimization Algorithms", equation 7. With action chunks, a
     row is a chunk and its log-probability the sum over the chunk's actions.
@@ -41,9 +40,8 @@ def ppo(
     mask : Tensor, optional
         ``(...)``, bool: the rows that count, by default all.
     epsilon : float
-        Ratios below ``1 - epsilon`` are clipped where the advantage is negative. Positive.
-    epsilon_high : float, optional
-        Ratios above ``1 + epsilon_high`` are clipped where it is positive. By default ``epsilon``.
+        Ratios above ``1 + epsilon`` are clipped where the advantage is positive, those below
+        ``1 - epsilon`` where it is negative. Positive.
 
     Returns
     -------
@@ -58,12 +56,10 @@ def ppo(
         For a bad shape, dtype or bound, or an advantage that is not finite.
     """
     check_positive("epsilon", epsilon)
-    epsilon_high = epsilon if epsilon_high is None else epsilon_high
-    check_positive("epsilon_high", epsilon_high)
     new, old, gains = counted(
         mask, log_probs=log_probs, old_log_probs=old_log_probs, advantages=advantages
     )
-    return surrogate(new, old, gains, mask, 1.0 - epsilon, 1.0 + epsilon_high)
+    return surrogate(new, old, gains, mask, 1.0 - epsilon, 1.0 + epsilon)
 
 
 def surrogate(

@@ -8,7 +8,6 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from holdfast.control.losses.rows import check_positive
 from holdfast.joint import LossTerms
 
 Cloned = Literal["demonstrations", "teacher"]
@@ -27,27 +26,23 @@ def with_cloning(
     *,
     weight: float,
     of: Cloned,
-    ratio: float = 1.0,
 ) -> LossTerms:
     """The mean of a reinforcement loss plus ``weight`` times the mean of a cloning loss.
 
-    Both are summed, and the trainer divides by one count, that of ``reinforcement``. The cloning
-    sum is therefore multiplied by ``ratio``, which must be that of the whole step so that nothing
-    depends on how its batch is cut. A step whose two batches are of unrelated sizes is better had
-    from two objectives in one turn, weighed by a schedule.
+    Both are summed, and the trainer divides by one count, that of ``reinforcement``: cloning has a
+    row for every row of it. A step whose two batches are of other sizes is had from two objectives
+    in one turn, weighed by a schedule.
 
     Parameters
     ----------
     reinforcement : LossTerms
         Of rollouts, such as :func:`~ppo.ppo` or :func:`~dppo.dppo`.
     cloning : LossTerms
-        Of actions to imitate: with ``teacher``, of the same rows.
+        Of actions to imitate, counted alike: with ``teacher``, of the same rows.
     weight : float
         In [0, inf).
     of : str
         ``demonstrations`` or ``teacher``: what is cloned, by which the metric is named.
-    ratio : float
-        Counted rows of ``reinforcement`` for each of ``cloning``, over the whole step. Positive.
 
     Returns
     -------
@@ -62,13 +57,12 @@ def with_cloning(
     """
     if not (math.isfinite(weight) and weight >= 0):
         raise ValueError(f"weight is {weight}: it must be at least 0 and finite")
-    check_positive("ratio", ratio)
     if of not in get_args(Cloned):
         raise ValueError(f"of is {of!r}: it must be one of {', '.join(get_args(Cloned))}")
     own = cloning.total.detach()
     metric: Tensor = torch.stack([own, cloning.count.to(own.dtype)])
     return LossTerms(
-        reinforcement.total + weight * ratio * cloning.total,
+        reinforcement.total + weight * cloning.total,
         reinforcement.count,
         {**reinforcement.metrics, f"cloning/{of}": metric},
     )

@@ -121,12 +121,6 @@ class GaussianHead(nn.Module):
         # Summed as in `position_log_probs`, so that a ratio of the two is exactly 1.
         return chunks, {"log_probs": normal_log_probs(chunks, mean, log_std).sum(-1).sum(-1)}
 
-    def entropy(self) -> Tensor:
-        """Of a chunk, in nats: a scalar, the same in every state."""
-        horizon, action_size = self.shape
-        constant = 0.5 * action_size * (1.0 + math.log(2.0 * math.pi))
-        return horizon * (self.log_std().sum() + constant)
-
 
 class GaussianPolicy(Policy):
     """A Gaussian over chunks of normalised actions, with a mean that depends on the observation.
@@ -258,10 +252,6 @@ class GaussianPolicy(Policy):
         return self.head.position_log_probs(
             self.features(observations), self.actions.normalize(actions)
         )
-
-    def entropy(self) -> Tensor:
-        """Of a chunk of normalised actions, in nats: a scalar, the same in every state."""
-        return self.head.entropy()
 
     def config(self) -> dict[str, Any]:
         """See :meth:`Policy.config`."""

@@ -135,10 +135,6 @@ class ResidualPolicy(Policy):
         inputs = self._inputs(observations, record["base"])
         return self.residual.position_log_probs(inputs, record["residual"]).sum(-1)
 
-    def entropy(self) -> Tensor:
-        """Of a correction before it is scaled, in nats: a scalar, the same in every state."""
-        return self.residual.entropy()
-
     def config(self) -> dict[str, Any]:
         """See :meth:`Policy.config`."""
         base = {"kind": self.base.kind, "config": self.base.config()}

@@ -69,8 +69,8 @@ def of_weights(said: Tensor, mask: Tensor) -> LossTerms:
 
 
 def of_both(said: Tensor, mask: Tensor) -> LossTerms:
-    cloning = nll(said, mask[:, None].expand(said.shape))
-    return with_cloning(of_policy(said, mask), cloning, weight=0.3, of="teacher", ratio=1 / WIDTH)
+    cloning = nll(said[:, 2:3], mask[:, None])
+    return with_cloning(of_policy(said, mask), cloning, weight=0.3, of="teacher")
 
 
 def of_chunks(loss: Callable[[Tensor, Tensor, Tensor], LossTerms]) -> Loss:
@@ -82,7 +82,7 @@ def of_chunks(loss: Callable[[Tensor, Tensor, Tensor], LossTerms]) -> Loss:
 
 LOSSES: dict[str, Loss] = {
     "ppo": of_policy,
-    "ppo, asymmetric": partial(of_policy, epsilon=0.05, epsilon_high=0.1),
+    "ppo, narrow": partial(of_policy, epsilon=0.05),
     "dppo": of_chains,
     "value_loss": of_values,
     "value_loss, clipped": partial(of_values, epsilon=0.1),
