@@ -15,7 +15,7 @@ from holdfast.bellman.sgda import descend_ascend
 from holdfast.bellman.soft_q import SoftQ
 from holdfast.errors import DataError, RecipeError, TrainingError
 from holdfast.recipe import load_recipe
-from holdfast.schema import Recipe
+from holdfast.schema import Recipe, SoftQSpec
 
 DISCOUNT = 0.7
 
@@ -352,3 +352,57 @@ def test_likelihood_and_bellman_terms_combine_like_any_others(tmp_path, name):
         if line["kind"] == "eval"
     ]
     assert errors[-1] < 0.8 * errors[0]
+
+
+def uncovered(tmp_path):
+    """State 1 never chooses action 2; state 3 is nowhere."""
+    found = TabularMDP.random(3, 3, 0.5, seed=0).sample(400, seed=0)
+    kept = found[(found.state != 1) | (found.action != 2)]
+    rows = zip(kept.state, kept.action, kept.reward, kept.next_state, strict=True)
+    lines = ["state,action,reward,next_state", *(",".join(map(str, row)) for row in rows)]
+    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("kind", ["bellman_saddle", "td_error"])
+def test_a_pair_that_bellman_terms_leave_free_is_refused(tmp_path, kind):
+    uncovered(tmp_path)
+    objective = {"kind": kind, "discount": 0.5}
+    with pytest.raises(
+        DataError, match="values.data: .*rows.csv: state 1 with action 2"
+    ):
+        runs.train(write(tmp_path, {"values": objective}, states=4))
+
+
+def test_choices_may_leave_pairs_out_but_not_the_anchor(tmp_path):
+    uncovered(tmp_path)
+    anchor = {"kind": "anchor_bellman", "discount": 0.5, "anchor_action": 2}
+    objectives = {"choices": {"kind": "choice_likelihood"}, "anchor": anchor}
+    with pytest.raises(DataError, match=r"objectives.anchor.data: .*state 1 with action 2"):
+        runs.train(write(tmp_path, objectives, states=4))
+    anchor["anchor_action"] = 0
+    recipe = write(tmp_path, objectives, states=4, steps=2).dump()
+    recipe["training"].update(eval_steps=2, save_steps=2)
+    runs.train(Recipe.model_validate(recipe))
+
+
+def test_the_dual_is_at_least_twice_as_fast_by_default():
+    rates = SoftQSpec(actions=2).learning_rates(0.01, {})
+    assert rates["zeta"] >= 0.02
+
+
+def test_trajectories_that_end_in_a_table_have_an_exact_answer(tmp_path):
+    """Without a column next_state, the last row of an episode leads to its own state, and ends."""
+    found = TabularMDP.gridworld(2, 2, 0.5, slip=0.3).sample_trajectories(120, 40, seed=0)
+    assert found.terminal.any()
+    time = np.arange(len(found)) - np.searchsorted(found.trajectory, found.trajectory)
+    columns = (found.trajectory, time, found.state, found.action, found.reward, found.terminal)
+    lines = ["trajectory,time,state,action,reward,terminal"]
+    lines += [",".join(map(str, row)) for row in zip(*columns, strict=True)]
+    (tmp_path / "rows.csv").write_text("\n".join(lines) + "\n")
+    objective = {"kind": "bellman_saddle", "discount": 0.5, "data": {"path": "rows.csv"}}
+    values = write(tmp_path, {"values": objective}, states=4).dump()
+    values["policy"]["actions"] = 4
+    posed = pose(Recipe.model_validate(values))
+    wanted = TabularMDP.empirical(found, 4, 4, 0.5).soft_policy_iteration(1e-12).q
+    assert len(posed.problem.transitions) == len(found), "every trajectory ended"
+    np.testing.assert_allclose(posed.problem.exact()[0][:3], wanted[:3], atol=1e-9)

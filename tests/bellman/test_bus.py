@@ -10,6 +10,7 @@ from holdfast.bellman.bus import (
     bus_transitions,
     linear_cost,
     nfxp,
+    nfxp_shift,
 )
 from holdfast.bellman.estimators.nfxp import nested_fixed_point
 from holdfast.errors import DataError, TrainingError
@@ -263,3 +264,15 @@ def test_buses_in_one_state_cannot_tell_cost_from_slope():
     )
     with pytest.raises(TrainingError, match="do not determine"):
         nfxp(frame, discount=0.9, bins=15)
+
+
+def test_the_shift_of_a_bus_files_parameters_is_small_beside_their_errors():
+    frame = simulate(3)
+    found = nfxp_shift(frame, discount=0.9, bins=15, draws=2)
+    base = nfxp(frame, discount=0.9, bins=15)
+    np.testing.assert_allclose(found.estimate.parameters, [base.replacement_cost, base.cost_slope])
+    assert (found.shift > 0).all() and (found.shift < base.standard_errors).all()
+    assert (found.interval[0] <= 0).all() and (found.interval[1] >= 0).all()
+    state, action = found.ranking()[0]
+    rows = frame[frame.period > 0]
+    assert ((rows["state"] == state) & (rows["replace"] == action)).any()
