@@ -355,6 +355,57 @@ def test_compressed_data_that_are_cut_short_are_named(call, tmp_path):
     assert refused(call, tmp_path).startswith(f"{path} is cut short: the compressed data end early")
 
 
+# demos --------------------------------------------------------------------------------------------
+
+
+def test_demonstrations_are_recorded_inspected_and_cloned(call, no_report, tmp_path):
+    """From the command line alone: a recording, its summary and sheet, and a run on it."""
+    file, sheet = tmp_path / "demos.npz", tmp_path / "sheet.png"
+    answer = call("demos", "record", "holdfast/point-mass", file, "--episodes", 3)
+    assert answer.status == 0 and not answer.err
+    assert answer.out.startswith(f"demonstrations: {file}: 3 episodes, ")
+    answer = call("demos", "inspect", file, "--sheet", sheet)
+    assert (
+        answer.status == 0 and "success" in answer.out and f"contact sheet: {sheet}" in answer.out
+    )
+    assert sheet.read_bytes().startswith(b"\x89PNG")
+    data = {"path": "demos.npz", "held_out": 1}
+    values = {
+        "name": "clone",
+        "policy": {"kind": "gaussian", "hidden": [8]},
+        "objectives": {"il": {"kind": "cloning", "data": data, "batch_size": 8}},
+        "schedule": {"kind": "mix", "weights": {"il": 1.0}},
+        "training": {"max_steps": 2},
+        "output": str(tmp_path / "run"),
+    }
+    (tmp_path / "clone.yaml").write_text(yaml.safe_dump(values))
+    assert call("train", tmp_path / "clone.yaml").status == 0
+    answer = call(
+        *("demos", "record", "holdfast/point-mass", tmp_path / "own.npz", "--keep-failures"),
+        *("--episodes", 1, "--time-limit", 3, "--policy", tmp_path / "run" / "model"),
+    )
+    assert answer.status == 0 and "1 episodes, 3 steps" in answer.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("record", "holdfast/point-mass", "there.npz"), "there.npz is already there"),
+        (("record", "Hopper-v5", "new.npz"), "there is no scripted expert for Hopper-v5"),
+        (("record", "metaworld/peg-insert", "new.npz"), "did you mean 'peg-insert-side'?"),
+        (("record", "holdfast/point-mass", "new.txt"), "new.txt"),
+        (("inspect", "absent.npz"), "absent.npz"),
+        (("inspect", "there.npz"), "there.npz"),
+    ],
+)
+def test_demonstrations_that_cannot_be_are_one_message(
+    call, arguments, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.npz").write_bytes(b"nothing")
+    assert message in assert_one_message(call("demos", *arguments))
+
+
 # Bad recipes and models ---------------------------------------------------------------------------
 
 
