@@ -289,6 +289,7 @@ def demos_record(
         scripted_expert,
     )
 
+    recorded.check_name(output)  # before anything is recorded
     history = 1
     if policy is not None:
         from holdfast.control.acting import acting

@@ -403,6 +403,8 @@ def test_demonstrations_that_cannot_be_are_one_message(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there.npz").write_bytes(b"nothing")
+    # Nothing is recorded in vain.
+    monkeypatch.setattr("holdfast.control.demonstrations.record", None)
     assert message in assert_one_message(call("demos", *arguments))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,17 @@ import torch
 
 from holdfast.control.environments import Act
 from holdfast.control.policies import Policy
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch use one thread: for batches as small as those of acting, more only cost."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def acting(policy: Policy, *, seed: int, deterministic: bool = True) -> Act:

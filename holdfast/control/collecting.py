@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from holdfast.control.acting import one_thread
 from holdfast.control.actor_critic import ActorCritic
 from holdfast.control.environments import VectorEnvironment
 
@@ -55,6 +56,7 @@ class Collector:
         self._observations: np.ndarray[Any, Any] | None = None
         self._finished: list[tuple[float, int, bool]] = []
 
+    @one_thread()
     def collect(self, steps: int) -> Experience:
         """Carry out ``steps`` chunks in every environment."""
         environments = self.environments

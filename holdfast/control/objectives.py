@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from holdfast.control.acting import acting
+from holdfast.control.acting import acting, one_thread
 from holdfast.control.actor_critic import ActorCritic
 from holdfast.control.cloning import CloningLoss, draw_noise
 from holdfast.control.demonstrations import Chunks
@@ -233,6 +233,7 @@ class EpisodeEvaluation:
     score: Literal["success", "return"]
     seed: int = 0
 
+    @one_thread()
     def __call__(self, policy: nn.Module, rows: Sequence[int]) -> LossTerms:
         assert isinstance(policy, ActorCritic)
         # Of another part other noise: that of its first episode.

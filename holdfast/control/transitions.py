@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from holdfast.control.demonstrations import Chunks, Demonstrations
+from holdfast.errors import DataError
 
 
 def transitions(demonstrations: Demonstrations, *, history: int, horizon: int) -> dict[str, Tensor]:
@@ -26,6 +27,11 @@ def transitions(demonstrations: Demonstrations, *, history: int, horizon: int) -
         ``actions`` ``(horizon, action_size)``, ``mask`` ``(horizon,)``, ``rewards`` ``()``, summed
         over the actions that count, and ``terminated`` ``()``. Where an episode was cut and its
         last observation was not kept, the chunks that would lead there are left out.
+
+    Raises
+    ------
+    DataError
+        If that leaves out all.
     """
     chunks = Chunks(demonstrations, history=history, horizon=horizon)
     after, rewards, terminated, known = [], [], [], []
@@ -45,6 +51,11 @@ def transitions(demonstrations: Demonstrations, *, history: int, horizon: int) -
         # What follows the end of an episode is never looked at.
         known.append(~at_end | has_last | episode.terminated)
     kept = torch.from_numpy(np.flatnonzero(np.concatenate(known)))
+    if not len(kept):
+        raise DataError(
+            f"{demonstrations.source}: no step leads to an observation that was kept, so there is "
+            "no transition to learn from. Keep the last observation of episodes that were cut."
+        )
     rows = chunks.gather(kept)._asdict()
     rows["final_observations"] = torch.from_numpy(np.concatenate(after))[kept]
     rows["rewards"] = torch.from_numpy(np.concatenate(rewards)).float()[kept]

@@ -17,6 +17,7 @@ from holdfast.control.off_policy import Improvement
 from holdfast.control.policies import Critic, DiffusionPolicy, GaussianPolicy, TwinQ
 from holdfast.control.replay import COLUMNS, ReplayBuffer, ReplayOptions, ReplaySource
 from holdfast.control.transitions import transitions
+from holdfast.errors import DataError
 from holdfast.joint.checkpoint import reunite, separate
 
 SMALL = (16,)
@@ -128,6 +129,9 @@ def test_what_led_to_an_observation_that_was_not_kept_is_left_out():
         return len(transitions(one, history=1, horizon=3)["rewards"])
 
     assert count(False) == 2 and count(True) == 5
+    one = Demonstrations((episode(2, last=False, terminated=False),), "made up")
+    with pytest.raises(DataError, match="made up: no step leads to an observation that was kept"):
+        transitions(one, history=1, horizon=3)
 
 
 # The source ---------------------------------------------------------------------------------------

@@ -2,7 +2,11 @@
 
 from holdfast.control.demonstrations.controllers import load_controller
 from holdfast.control.demonstrations.episodes import Demonstrations, Episode
-from holdfast.control.demonstrations.files import read_demonstrations, write_demonstrations
+from holdfast.control.demonstrations.files import (
+    check_name,
+    read_demonstrations,
+    write_demonstrations,
+)
 from holdfast.control.demonstrations.inspection import Summary, summarize, summary_tables
 from holdfast.control.demonstrations.recording import record
 from holdfast.control.demonstrations.validation import validate
@@ -14,6 +18,7 @@ __all__ = [
     "Demonstrations",
     "Episode",
     "Summary",
+    "check_name",
     "load_controller",
     "read_demonstrations",
     "record",

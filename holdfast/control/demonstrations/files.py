@@ -13,6 +13,7 @@ from holdfast.control.demonstrations.robomimic import read_robomimic, write_robo
 from holdfast.errors import DataError
 
 _HDF5 = (".hdf5", ".h5")
+_WRITERS = {".npz": write_npz, **dict.fromkeys(_HDF5, write_robomimic)}
 _FORMS = (
     ".npz, robomimic's .hdf5, a Minari folder (data/main_data.hdf5) or a LeRobot v3 folder "
     "(meta/info.json)"
@@ -55,6 +56,12 @@ def read_demonstrations(
     raise fault(path, f"files that end in '{path.suffix}' cannot be read; readable are {_FORMS}")
 
 
+def check_name(path: str | Path) -> None:
+    """Raise ``DataError`` unless demonstrations can be written under this name."""
+    if Path(path).suffix not in _WRITERS:
+        raise fault(path, "the name must end in .npz or .hdf5")
+
+
 def write_demonstrations(demonstrations: Demonstrations, path: str | Path) -> None:
     """Write ``.npz``, or robomimic's ``.hdf5``.
 
@@ -64,13 +71,11 @@ def write_demonstrations(demonstrations: Demonstrations, path: str | Path) -> No
         For another ending, no episodes, or a file that cannot be written.
     """
     path = Path(path).expanduser()
-    write = {".npz": write_npz, **dict.fromkeys(_HDF5, write_robomimic)}.get(path.suffix)
-    if write is None:
-        raise fault(path, "the name must end in .npz or .hdf5")
+    check_name(path)
     if not demonstrations.episodes:
         raise fault(path, "there are no episodes to write")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write(demonstrations, path)
+        _WRITERS[path.suffix](demonstrations, path)
     except OSError as error:
         raise DataError(f"{path}: it cannot be written: {error}") from error
