@@ -43,7 +43,7 @@ def run(kind: str, weight: float, steps: int, seed: int, *, checked: bool) -> di
         return torch.nn.functional.cross_entropy(outputs(), labels)
 
     mask = torch.ones(ROWS, dtype=torch.bool)
-    values, taken, rejected = [float(objective())], 0, 0
+    values, taken, rejected = [objective().item()], 0, 0
     for _ in range(ROUNDS):
         anchor = outputs().detach().requires_grad_()
         (gradient,) = torch.autograd.grad(
@@ -59,7 +59,7 @@ def run(kind: str, weight: float, steps: int, seed: int, *, checked: bool) -> di
         )
         taken += len(done.surrogates) - 1
         rejected += done.stopped == "not majorised"
-        values.append(float(objective()))
+        values.append(objective().item())
     rises = sum(later > before + 1e-12 for before, later in zip(values, values[1:], strict=False))
     return {
         "rises": rises,
