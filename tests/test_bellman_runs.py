@@ -367,9 +367,7 @@ def uncovered(tmp_path):
 def test_a_pair_that_bellman_terms_leave_free_is_refused(tmp_path, kind):
     uncovered(tmp_path)
     objective = {"kind": kind, "discount": 0.5}
-    with pytest.raises(
-        DataError, match="values.data: .*rows.csv: state 1 with action 2"
-    ):
+    with pytest.raises(DataError, match="values.data: .*rows.csv: state 1 with action 2"):
         runs.train(write(tmp_path, {"values": objective}, states=4))
 
 
