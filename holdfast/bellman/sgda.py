@@ -185,6 +185,9 @@ def descend_ascend(
         size = settings.batch_size
         batch = data if size is None else chunk.between(place * size, (place + 1) * size)
         gradients = problem.directions(primal, dual, batch)
+        looks = size is None and settings.tolerance > 0 and t % 10 == 0
+        if looks and max(float(each.abs().max()) for each in gradients) <= settings.tolerance:
+            break
         step = settings.step(t)
         with torch.no_grad():
             update(primal, gradients[0], step, memories[0], settings)
@@ -205,9 +208,6 @@ def descend_ascend(
                 f"descent-ascent diverged within {done} steps: lower the step, raise "
                 f"step_ratio (it is {settings.step_ratio:g}), or set a radius."
             )
-        looks = size is None and settings.tolerance > 0 and t % 10 == 0
-        if looks and max(float(each.abs().max()) for each in gradients) <= settings.tolerance:
-            break
     if settings.averaging and done > averaged_from:
         share = 1.0 / (done - averaged_from)
         return Iterates(sums[0] * share, sums[1] * share, done, kept)
@@ -252,7 +252,7 @@ def solve_saddle(
     *,
     discount: float,
     steps: int = 10_000,
-    step_ratio: float = 10.0,
+    step_ratio: float = 4.0,
     step: Callable[[int], float] | float | None = None,
     batch_size: int | None = None,
     replacement: bool = True,
