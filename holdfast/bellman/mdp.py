@@ -15,8 +15,9 @@ from holdfast.bellman.transitions import Transitions
 
 Array = NDArray[np.float64]
 ROW_SUM_TOLERANCE = 1e-6
-"""How far a row of probabilities may sum from one, as rounding to float32 does; it is then divided
-by its sum."""
+"""How far a row of probabilities may sum from one, as rounding to float32 does."""
+EXACT = 1e-12
+"""Rows that sum to one up to that are used as given; others are divided by their sum."""
 
 
 class TabularMDP:
@@ -409,7 +410,11 @@ def probabilities(name: str, rows: Array, what: str = "") -> Array:
             f"{name} sums to {sums[row]:.12g} in {what or f'state {row}'}, its least entry is "
             f"{rows[row].min():.3g}: probabilities are at least 0 and must sum to 1"
         )
-    return rows / sums[:, None]
+    return rows / _divisors(sums)[:, None]
+
+
+def _divisors(sums: Array) -> Array:
+    return np.where(np.abs(sums - 1.0) > EXACT, sums, 1.0)
 
 
 def _scattered(targets: NDArray[Any], chances: NDArray[Any], states: int) -> Any:
@@ -446,8 +451,8 @@ def _kernel(transitions: Any, states: int, actions: int) -> Any:
             f"({len(wrong)} such rows): they must sum to 1"
         )
     if sparse.issparse(kernel):
-        kernel.data /= np.repeat(sums, np.diff(kernel.indptr))
+        kernel.data /= np.repeat(_divisors(sums), np.diff(kernel.indptr))
         kernel.sum_duplicates()
         kernel.eliminate_zeros()
         return kernel
-    return kernel.reshape(states * actions, states) / sums[:, None]
+    return kernel.reshape(states * actions, states) / _divisors(sums)[:, None]
