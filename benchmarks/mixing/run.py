@@ -7,9 +7,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,60 +20,15 @@ import matplotlib
 matplotlib.use("Agg")
 
 import numpy as np
-from accelerate import Accelerator
 from matplotlib import pyplot as plt
 
-from benchmarks.forgetting_rl.run import RUNS
+from benchmarks.forgetting_rl.run import run_cells
 from benchmarks.mixing import study
 from benchmarks.mixing.study import Cell
-from benchmarks.pool import run_jobs
 from benchmarks.results import Results, bootstrap_interval
-from holdfast.assemble import assemble, build_trainer
-from holdfast.joint.record import Recorder
-from holdfast.recipe import parse_recipe
 
 HERE = Path(__file__).parent
 Cells = Mapping[str, Any]
-Job = tuple[Cell, dict[str, float]]
-
-
-def run_cell(job: Job) -> dict[str, Any]:
-    """Train one cell in this process."""
-    cell, optima = job
-    recipe = parse_recipe(cell.recipe(optima), file=RUNS / "cell.yaml")
-    folder = RUNS / "mixing cells" / cell.key
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    accelerator = Accelerator(cpu=True)
-    assembly = assemble(recipe, accelerator)
-    recorder = Recorder(folder)
-    trainer = build_trainer(recipe, assembly, optima, accelerator, folder=folder, recorder=recorder)
-    trainer.checkpoints = None
-    started = time.process_time()
-    trainer.train()
-    seconds = time.process_time() - started
-    recorder.close()
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    shutil.rmtree(folder)
-    evaluations = [line["objectives"] for line in lines if line["kind"] == "eval"]
-    turns = [line["objectives"] for line in lines if line["kind"] == "train"]
-    return {
-        **{
-            name: [round(evaluation[name]["loss"], 4) for evaluation in evaluations]
-            for name in evaluations[0]
-        },
-        "gradients": {name: sum(name in turn for turn in turns) for name in ("sft", "rl")},
-        "seconds": round(seconds, 2),
-    }
-
-
-def run_cells(results: Results, jobs: Iterable[Job], workers: int, deadline: float) -> bool:
-    by_key = {cell.key: (cell, optima) for cell, optima in jobs}
-    return run_jobs(results, by_key, run_cell, _told, workers=workers, deadline=deadline)
-
-
-def _told(values: Mapping[str, Any]) -> str:
-    return f"first {-values['first_validation'][-1]:.2f} second {-values['rl'][-1]:.2f}"
 
 
 def optima_of(cells: Cells) -> dict[str, float]:
@@ -130,10 +83,7 @@ def analyse(cells: Cells) -> dict[str, Any]:
                 ]
                 for task, values in ends.items()
             },
-            "gradients": {
-                name: float(np.mean([run["gradients"][name] for run in runs]))
-                for name in ("sft", "rl")
-            },
+            "sft_updates": float(np.mean([run["sft_updates"] for run in runs])),
         }
         x, y = table[method]["second"], table[method]["first"]
         axes.errorbar(

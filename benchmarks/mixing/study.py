@@ -89,17 +89,8 @@ SINGLE = ("sft", "rl")
 """Runs on one objective, from which MAXRIGHT's optima are taken."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One run."""
-
-    method: str
-    learning_rate: float
-    seed: int
-
-    @property
-    def key(self) -> str:
-        return f"{self.method}/lr{self.learning_rate:g}/seed{self.seed}"
+class Cell(forgetting.Cell):
+    """One run; ``method`` is one of ``METHODS``, or ``sft``."""
 
     def recipe(self, optima: dict[str, float]) -> dict[str, Any]:
         """The recipe of the study of forgetting, with GRPO and this method."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -133,5 +134,6 @@ def _apply(module: nn.Module, flat: Tensor, state: Tensor) -> Tensor:
         start += each.numel()
     if state.is_floating_point():
         state = state.to(flat.dtype)
-    with AlignedLinear():
+    # One replica has none to be equal to.
+    with AlignedLinear() if len(flat) > 1 else nullcontext():
         return vmap(lambda own, rows: functional_call(module, own, (rows,)))(parameters, state)

@@ -31,8 +31,8 @@ def test_the_demonstrations_are_those_of_the_generator(generator):
     assert len(made) == len(shipped) == generator.EPISODES
     for one, other in zip(made, shipped, strict=True):
         # Processors differ in the last bits.
-        np.testing.assert_allclose(one.observations, other.observations, atol=1e-4)
-        np.testing.assert_allclose(one.actions, other.actions, atol=1e-4)
+        np.testing.assert_allclose(one.observations, other.observations, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(one.actions, other.actions, rtol=0, atol=1e-5)
         assert one.success and other.success
 
 
