@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.prompts import on_policy_values, write_on_policy
+from helpers.stopping import stopped_after
 from safetensors.torch import load_file
 
 from holdfast import run as runs
@@ -126,13 +127,7 @@ def test_a_run_with_all_guards_resumes_bit_for_bit(tmp_path):
     run = trained(tmp_path, *guards, save_steps=1, save_total_limit=9)
     expected, recorded = weights(run), lines(run)
     for stopped in (1, 3):
-        for checkpoint in (run / "checkpoints").glob("step-*"):
-            if int(checkpoint.name.removeprefix("step-")) > stopped:
-                for file in checkpoint.iterdir():
-                    file.unlink()
-                checkpoint.rmdir()
-        described = json.loads((run / "run.json").read_text())
-        (run / "run.json").write_text(json.dumps(described | {"status": "stopped"}))
+        stopped_after(run, stopped)
         runs.resume(run)
         seen = [(line["objectives"], line["guards"], line["learning_rate"]) for line in lines(run)]
         assert seen == [(x["objectives"], x["guards"], x["learning_rate"]) for x in recorded]

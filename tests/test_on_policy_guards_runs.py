@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.prompts import on_policy_values, write_on_policy
+from helpers.stopping import stopped_after
 from safetensors.torch import load_file
 
 from holdfast import run as runs
@@ -184,13 +185,7 @@ def test_a_run_with_every_memory_resumes_bit_for_bit(tmp_path):
     expected, recorded = weights(run, 8), metrics(run)
     assert any(step["kl_coef"] > 0 for step in recorded)
     for stopped in (2, 5):
-        for checkpoint in (run / "checkpoints").glob("step-*"):
-            if int(checkpoint.name.removeprefix("step-")) > stopped:
-                for file in checkpoint.iterdir():
-                    file.unlink()
-                checkpoint.rmdir()
-        described = json.loads((run / "run.json").read_text())
-        (run / "run.json").write_text(json.dumps(described | {"status": "stopped"}))
+        stopped_after(run, stopped)
         runs.resume(run)
         assert metrics(run) == recorded
         assert any(0 < step["curvature/masked"] < 1 for step in recorded[3:])

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from helpers.prompts import on_policy_values, write_on_policy
+from helpers.stopping import stopped_after
 from safetensors.torch import load_file
 
 from holdfast import run as runs
@@ -269,13 +270,7 @@ def test_a_run_on_half_used_rollouts_resumes_bit_for_bit(tmp_path):
     tensors = {n: load_file(run / final / f"{n}.safetensors") for n in ("policy", "optimizer")}
     expected = comparable(run)
     for stopped in (1, 4, 7):
-        for checkpoint in (run / "checkpoints").glob("step-*"):
-            if int(checkpoint.name.removeprefix("step-")) > stopped:
-                for file in checkpoint.iterdir():
-                    file.unlink()
-                checkpoint.rmdir()
-        described = json.loads((run / "run.json").read_text())
-        (run / "run.json").write_text(json.dumps(described | {"status": "stopped"}))
+        stopped_after(run, stopped)
         runs.resume(run)
         for name, before in tensors.items():
             after = load_file(run / final / f"{name}.safetensors")
