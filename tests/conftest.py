@@ -5,8 +5,11 @@ import os
 import pytest
 from hypothesis import settings
 
-# How long an example takes depends on the machine; no test may.
-settings.register_profile("steady", deadline=None)
+# How long an example takes depends on the machine; no test may. The examples are the same in every
+# run, so that a change is judged by what it changes; `pytest --hypothesis-profile=roaming` draws
+# new ones.
+settings.register_profile("steady", deadline=None, derandomize=True)
+settings.register_profile("roaming", deadline=None)
 settings.load_profile("steady")
 
 # Read when the libraries are imported, so they are set before any test is.

@@ -12,7 +12,7 @@ from typing import get_type_hints
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -120,7 +120,7 @@ def test_gradient_does_not_depend_on_cutting_padding_or_sharding(name, seed, siz
     observations = torch.randn(ROWS, 3, **draw)
     every = torch.arange(ROWS)
     whole = step(LOSSES[name], policy, observations, [(every, 0)])
-    assert whole[0].abs().max() > 0
+    assume(whole[0].abs().max() > 0)  # a clipped loss may be flat in every row
     cut = [(part, padding) for part in every.split(size)]
     sharded = [(every[rank::ranks], rank) for rank in range(ranks)]
     for parts in (cut, sharded, [(every.flip(0), padding)]):
