@@ -74,10 +74,12 @@ def run_cell(cell: Cell) -> dict[str, Any]:
     seen = [line["objectives"]["rl"]["metrics"] for line in train]
     norms = [norm for line in train if np.isfinite(norm := line["grad_norm"] or 0.0)]
 
+    expected = recipe.training.max_steps // recipe.training.eval_steps + 1
+
     def curve(name: str) -> list[float]:
         found = [round(-evaluation[name]["loss"], 4) for evaluation in evaluations]
         # A run that stopped early ended at a policy that no longer answers.
-        return found + [0.0] * (study.SAMPLES // study.EVERY + 1 - len(found))
+        return found + [0.0] * (expected - len(found))
 
     def tenths(name: str) -> list[float]:
         values = [metrics.get(name, np.nan) for metrics in seen]
@@ -105,7 +107,8 @@ def _intervened(train: list[dict[str, Any]], clip: float | None) -> float | None
     """Share of updates that a guard scaled, or of tokens that one masked; ``None`` without one."""
     shares: list[float] = []
     for line in train:
-        shares += [entry["factor"] < 1 for entry in line.get("guards", {}).values()]
+        guards = line.get("guards", {}).values()  # and the norm of the update, a number
+        shares += [entry["factor"] < 1 for entry in guards if isinstance(entry, dict)]
         shares += [
             objective["metrics"]["curvature/masked"]
             for objective in line["objectives"].values()

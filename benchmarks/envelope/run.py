@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one run a core, one thread a ru
 
 from benchmarks.arithmetic.prepare import base
 from benchmarks.arithmetic.run import run_cell
-from benchmarks.arithmetic.study import GROUP, ROLLOUTS, SAMPLES
+from benchmarks.arithmetic.study import GROUP, ROLLOUTS
 from benchmarks.envelope import study
 from benchmarks.envelope.analysis import analyse, chosen_options, edges, table
 from benchmarks.envelope.study import Cell
@@ -27,7 +27,7 @@ from benchmarks.results import Results
 
 HERE = Path(__file__).parent
 SETTINGS = {
-    "samples": SAMPLES,
+    "samples": study.SAMPLES,
     "rollouts": ROLLOUTS,
     "group": GROUP,
     "inner": study.INNER,

@@ -22,11 +22,14 @@ METHODS = {
 CROSSED = ("ppo", "grpo", "lco_kl")
 """Methods that run under every guard."""
 LEARNING_RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+SAMPLES = 6_400
+"""Completions that every run may draw, evaluated five times: half of what arithmetic draws."""
+EVERY = 1_280
 INNER = 4
 """Passes over a batch of rollouts, each of one update."""
 ALL, SOME = tuple(range(10)), tuple(range(5))
 """Seeds of methods alone and at the edges; of guards elsewhere."""
-TUNING = (100, 101, 102)
+TUNING = (100, 101)
 TUNED_AT = {"ppo": (3e-4, 3e-3), "grpo": (3e-4, 3e-3), "lco_kl": (1e-4, 1e-3)}
 """Where a guard's own option is chosen: near the method's best rate, and where it collapses."""
 NONE = "none"
@@ -119,6 +122,13 @@ class Cell:
                         "epsilon_high": None,
                         "mask_truncated_completions": False,
                     }
+        steps = SAMPLES // arithmetic.ROLLOUTS * INNER
+        training |= {
+            "max_steps": steps,
+            "eval_steps": EVERY // arithmetic.ROLLOUTS * INNER,
+            "save_steps": steps,
+            "max_refusals": steps,
+        }
         values["output"] = str(RUNS / "envelope" / self.key)
         return values
 

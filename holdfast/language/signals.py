@@ -183,13 +183,11 @@ class Signals:
         temperature: float | None = None,
     ) -> list[Tensor]:
         temperature = self.temperature if temperature is None else temperature
+        states = torch.cat(list(hidden))
+        tokens = torch.cat([_sampled(row) for row in rollouts]).to(states.device)
         with torch.no_grad():
-            return [
-                token_statistics(
-                    states, head, _sampled(row).to(states.device), temperature=temperature
-                ).logps
-                for states, row in zip(hidden, rollouts, strict=True)
-            ]
+            logps = token_statistics(states, head, tokens, temperature=temperature).logps
+        return list(logps.split([len(row) for row in hidden]))
 
     def credit(self, rollouts: Sequence[Rollout], num_generations: int) -> list[Rollout]:
         found = list(rollouts)
