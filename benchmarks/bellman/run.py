@@ -39,7 +39,7 @@ HERE = Path(__file__).parent
 WARM_UP, BLOCKS = 2, 10
 REPLICAS = (1, 10, 50, 200)
 REPLICA_STEPS = 500
-KINDS = ("tables", "networks")
+KINDS = ("tables", "networks, one row", "networks")
 STATES = (1_000, 10_000, 100_000, 300_000)
 SPARSE_DISCOUNTS = (0.95, 0.99)
 TARGETS = {"transitions": 1.5, "replicas": 4.0}
@@ -83,12 +83,12 @@ def coupled(kind: str) -> dict[str, list[float]]:
     data = model.sample(512, seed=0)
     problem = SaddleProblem.tabular(data, model.discount)
     step, batch = 0.01, 1
-    if kind == "networks":
+    if kind != "tables":
         features = np.random.default_rng(0).normal(size=(5, 4))
         data = type(data)(features[data.state], data.action, data.reward, features[data.next_state])
         nets = Networks(*(mlp(4, (10, 10), 3, seed=number) for number in range(2)))
         problem = SaddleProblem(data, model.discount, nets)
-        batch = 32
+        batch = 1 if kind == "networks, one row" else 32
     settings = Sgda(steps=REPLICA_STEPS, step=Constant(step), batch_size=batch)
     stacks = {count: Batch.stack([data] * count) for count in REPLICAS}
     times: dict[str, list[float]] = {str(count): [] for count in REPLICAS}

@@ -34,11 +34,14 @@ class AlignedLinear(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def padded(matrices: Tensor, *, both: bool = False) -> Tensor:
+    """A copy whose rows, with ``both`` columns too, are filled with zeros to the width."""
+    rows = -matrices.shape[-2] % _WIDTH if both else 0
+    # A copy even where nothing is missing: a view would begin anywhere.
+    return F.pad(matrices, (0, -matrices.shape[-1] % _WIDTH, 0, rows))
+
+
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``(..., inputs)`` and ``(outputs, inputs)`` to ``(..., outputs)``."""
-    outputs, inputs = weight.shape
-    more = -inputs % _WIDTH
-    rows, columns = F.pad(input, (0, more)), F.pad(weight, (0, more, 0, -outputs % _WIDTH))
-    # Without padding both are views that begin anywhere.
-    product = torch.matmul(rows.clone(), columns.clone().mT)[..., :outputs]
+    product = torch.matmul(padded(input), padded(weight, both=True).mT)[..., : len(weight)]
     return product if bias is None else product + bias

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn import functional as F
 
-from holdfast.bellman.aligned import AlignedLinear
+from holdfast.bellman.aligned import AlignedLinear, padded
 
 
 class Approximator(Protocol):
@@ -127,13 +128,53 @@ def _flat(module: nn.Module) -> Tensor:
     return torch.cat([each.detach().flatten().double() for each in module.parameters()])
 
 
+_ELEMENTWISE = (
+    nn.ELU, nn.GELU, nn.Identity, nn.LeakyReLU, nn.ReLU, nn.Sigmoid, nn.SiLU, nn.Softplus, nn.Tanh,
+)  # fmt: skip
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether it is a chain of linear layers and functions of single numbers."""
+    return type(module) is nn.Sequential and all(
+        type(each) is nn.Linear or type(each) in _ELEMENTWISE for each in module
+    )
+
+
 def _apply(module: nn.Module, flat: Tensor, state: Tensor) -> Tensor:
+    if state.is_floating_point():
+        state = state.to(flat.dtype)
+    if _is_plain(module):
+        return _chain(module, flat, state)
     parameters, start = {}, 0
     for name, each in module.named_parameters():
         parameters[name] = flat[:, start : start + each.numel()].view(-1, *each.shape)
         start += each.numel()
-    if state.is_floating_point():
-        state = state.to(flat.dtype)
     # One replica has none to be equal to.
     with AlignedLinear() if len(flat) > 1 else nullcontext():
         return vmap(lambda own, rows: functional_call(module, own, (rows,)))(parameters, state)
+
+
+def _chain(layers: Iterable[nn.Module], flat: Tensor, rows: Tensor) -> Tensor:
+    """A plain module without the machinery that maps any: several times as fast."""
+    linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    sizes = [
+        each.numel() for layer in linear for each in (layer.weight, layer.bias) if each is not None
+    ]
+    alone, width = len(flat) == 1, rows.shape[-1]
+    parts = iter((flat[0] if alone else flat).split(sizes, -1))
+    rows = rows[0] if alone else padded(rows)
+    for layer in layers:
+        if not isinstance(layer, nn.Linear):
+            rows = layer(rows)
+            continue
+        width = layer.out_features
+        weight = next(parts).unflatten(-1, layer.weight.shape)
+        bias = None if layer.bias is None else next(parts)
+        if alone:
+            rows = F.linear(rows, weight, bias)
+            continue
+        # Replicas must be aligned alike, so that equal ones round alike.
+        factor = padded(weight, both=True).mT
+        added = None if bias is None else padded(bias)[:, None]
+        rows = torch.bmm(rows, factor) if added is None else torch.baddbmm(added, rows, factor)
+    return rows[None] if alone else rows[..., :width]

@@ -223,8 +223,9 @@ class SaddleProblem:
         Means over rows. Offline RL: the saddle objective, and its negative. With an anchor: the
         likelihood and the anchor's saddle objective, and the fit of the dual on all rows.
         """
-        rows = self.approximator.q(primal, batch.state)
-        ahead = soft_value(self.approximator.q(primal, batch.next_state), batch.terminal)
+        both = self.approximator.q(primal, torch.cat([batch.state, batch.next_state], 1))
+        rows, after = both.chunk(2, 1)
+        ahead = soft_value(after, batch.terminal)
         zeta = self.approximator.zeta(dual, batch.state, batch.action)
         chosen = rows.gather(-1, batch.action[..., None])[..., 0]
         bellman = saddle_elements(chosen, zeta, ahead, batch.reward, self.discount)

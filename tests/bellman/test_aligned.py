@@ -2,15 +2,19 @@
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from holdfast.bellman.aligned import AlignedLinear
 from holdfast.bellman.networks import Networks, mlp
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize("rows, features, hidden, actions", [(300, 4, 5, 3), (301, 9, 7, 2)])
-def test_equal_replicas_stay_equal_forward_and_backward(rows, features, hidden, actions):
-    networks = Networks(*(mlp(features, [hidden], actions, seed=seed) for seed in (0, 1)))
+def test_equal_replicas_stay_equal_forward_and_backward(rows, features, hidden, actions, wrapped):
+    modules = [mlp(features, [hidden], actions, seed=seed) for seed in (0, 1)]
+    # A chain in a chain is none of linear layers, and takes the general way.
+    networks = Networks(*(nn.Sequential(each) if wrapped else each for each in modules))
     flat = networks.initial()[0].expand(6, -1).clone().requires_grad_()
     state = torch.randn(rows, features, dtype=torch.float64, generator=torch.manual_seed(0))
     values = networks.q(flat, state.expand(6, -1, -1).clone())

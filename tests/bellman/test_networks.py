@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 
 from holdfast.bellman import Constant, Linear, Networks, SaddleProblem, Sgda, Transitions, mlp
 from holdfast.bellman.problem import Batch
@@ -27,6 +28,41 @@ def test_flat_parameters_give_what_the_network_gives():
     torch.testing.assert_close(q[1], first(data.state[1]))
     zeta = approximator.zeta(dual.expand(2, -1), data.state, data.action)
     torch.testing.assert_close(zeta[0, 3], second(data.state[0, 3])[data.action[0, 3]])
+
+
+class Wrapped(nn.Module):
+    """The same functions in a module of another kind."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, rows):
+        return self.inner(rows)
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("activation", [nn.Tanh(), nn.ReLU(inplace=True), nn.Sigmoid(), nn.GELU()])
+def test_chains_and_other_modules_give_what_torch_gives(activation, biased, replicas):
+    draw = torch.Generator().manual_seed(0)
+    chain = nn.Sequential(nn.Linear(2, 5, bias=biased), activation, nn.Linear(5, 3)).double()
+    size = sum(each.numel() for each in chain.parameters())
+    flat = torch.randn(replicas, size, generator=draw, dtype=torch.float64).requires_grad_()
+    state = torch.randn(replicas, 7, 2, generator=draw, dtype=torch.float64)
+    wanted = []
+    for own, rows in zip(flat, state, strict=True):
+        parameters, start = {}, 0
+        for name, each in chain.named_parameters():
+            parameters[name] = own[start : start + each.numel()].view(each.shape)
+            start += each.numel()
+        wanted.append(functional_call(chain, parameters, (rows,)))
+    wanted = torch.stack(wanted)
+    (slope,) = torch.autograd.grad(wanted.square().sum(), flat)
+    for module in (chain, Wrapped(chain)):
+        found = Networks(module, chain).q(flat, state)
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(torch.autograd.grad(found.square().sum(), flat)[0], slope)
 
 
 def test_linear_functions_are_products_with_their_features():
