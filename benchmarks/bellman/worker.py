@@ -33,7 +33,7 @@ def main() -> None:
         random.normal(size=(ROWS, FEATURES)),
     )
     q, zeta = (mlp(FEATURES, HIDDEN, ACTIONS, seed=number) for number in range(2))
-    problem = SaddleProblem(data, DISCOUNT, Networks(q, zeta))
+    problem = SaddleProblem(data, DISCOUNT, Networks(q, zeta, dtype=torch.float32))
     settings = Sgda(
         steps=UPDATES, step=Constant(1e-4), batch_size=int(sys.argv[1]), optimiser="adam"
     )

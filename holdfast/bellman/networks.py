@@ -21,7 +21,7 @@ class Approximator(Protocol):
     """Q and zeta on separate parameters, for replicas that never mix."""
 
     def initial(self) -> tuple[Tensor, Tensor]:
-        """Start of the parameters of Q and of zeta, ``(primal,)`` and ``(dual,)``, float64."""
+        """Start of the parameters of Q and of zeta, ``(primal,)`` and ``(dual,)``."""
         ...
 
     def q(self, primal: Tensor, state: Tensor) -> Tensor:
@@ -87,18 +87,22 @@ class Networks:
     ----------
     q, zeta : nn.Module
         From ``(rows, features)`` to ``(rows, actions)``. Without buffers or dropout: whatever rows
-        or replicas share would break the coupling of runs. Their parameters are the start. All is
-        computed in float64, whatever the precision of parameters and observations.
+        or replicas share would break the coupling of runs. Their parameters are the start.
+    dtype : torch.dtype
+        In which all is computed, whatever that of parameters and observations. ``float32`` is the
+        faster; what is measured of stability calls for ``float64``.
     """
 
-    def __init__(self, q: nn.Module, zeta: nn.Module) -> None:
+    def __init__(
+        self, q: nn.Module, zeta: nn.Module, *, dtype: torch.dtype = torch.float64
+    ) -> None:
         for name, module in (("q", q), ("zeta", zeta)):
             if any(True for _ in module.buffers()):
                 raise ValueError(f"{name} has buffers, such as those of batch normalisation")
-        self._q, self._zeta = q, zeta
+        self._q, self._zeta, self._dtype = q, zeta, dtype
 
     def initial(self) -> tuple[Tensor, Tensor]:
-        return _flat(self._q), _flat(self._zeta)
+        return _flat(self._q).to(self._dtype), _flat(self._zeta).to(self._dtype)
 
     def q(self, primal: Tensor, state: Tensor) -> Tensor:
         return _apply(self._q, primal, state)
@@ -133,17 +137,15 @@ _ELEMENTWISE = (
 )  # fmt: skip
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether it is a chain of linear layers and functions of single numbers."""
-    return type(module) is nn.Sequential and all(
-        type(each) is nn.Linear or type(each) in _ELEMENTWISE for each in module
-    )
+def _is_plain(chain: nn.Sequential) -> bool:
+    """Whether it consists of linear layers and functions of single numbers."""
+    return all(type(each) is nn.Linear or type(each) in _ELEMENTWISE for each in chain)
 
 
 def _apply(module: nn.Module, flat: Tensor, state: Tensor) -> Tensor:
     if state.is_floating_point():
         state = state.to(flat.dtype)
-    if _is_plain(module):
+    if isinstance(module, nn.Sequential) and _is_plain(module):
         return _chain(module, flat, state)
     parameters, start = {}, 0
     for name, each in module.named_parameters():

@@ -138,6 +138,18 @@ def test_float32_is_computed_in_float64():
     assert found.primal.dtype == torch.float64 and bool(torch.isfinite(found.primal).all())
 
 
+def test_in_float32_runs_end_where_they_end_in_float64():
+    data = observed(0)
+    settings = Sgda(steps=20, step=Constant(0.05), batch_size=4, optimiser="adam")
+    ends = []
+    for dtype in (torch.float32, torch.float64):
+        nets = Networks(mlp(2, (5,), 3, seed=0), mlp(2, (5,), 3, seed=1), dtype=dtype)
+        found = descend_ascend(SaddleProblem(data, 0.9, nets), Batch.stack([data]), settings)
+        assert found.primal.dtype == found.dual.dtype == dtype
+        ends.append(found.primal)
+    torch.testing.assert_close(ends[0], ends[1].float(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("column", ["state", "next_state"])
 def test_linear_functions_have_no_states_before_the_first(column):
     """An index of -1 would silently be the last."""
