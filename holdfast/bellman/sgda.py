@@ -350,8 +350,7 @@ def solve_saddle(
         tolerance=tolerance,
     )
     data = problem.compact() if batch_size is None else Batch.stack([transitions])
-    level = torch.full((size[0] * size[1],), _level(problem), dtype=torch.float64)
-    found = descend_ascend(problem, data, settings, seed=seed, start=(level, level))
+    found = descend_ascend(problem, data, settings, seed=seed, start=level_start(problem))
     primal, dual = found.primal.clone().requires_grad_(), found.dual.clone().requires_grad_()
     slopes = problem.directions(primal, dual, problem.compact())
     gradient = max(float(each.abs().max()) for each in slopes)
@@ -423,12 +422,19 @@ def row_curvature(problem: SaddleProblem, step_ratio: float) -> float:
     return scale * max(primal, step_ratio * dual)
 
 
-def _level(problem: SaddleProblem) -> float:
+def level_start(problem: SaddleProblem) -> tuple[Tensor, Tensor]:
+    """Tables of what a state would be worth if all earned the mean reward and chose at random.
+
+    Descent-ascent is slowest along the constant, which is then right already.
+    """
     data = problem.transitions
     assert isinstance(problem.approximator, Tables)
     known = data.reward if problem.anchor_action is None else data.reward[problem.anchored(data)]
     goes_on = problem.discount * float((~data.terminal).mean())
-    return (float(known.mean()) + math.log(problem.approximator.actions)) / (1.0 - goes_on)
+    actions = problem.approximator.actions
+    level = (float(known.mean()) + math.log(actions)) / (1.0 - goes_on)
+    table = torch.full((problem.approximator.states * actions,), level, dtype=torch.float64)
+    return table, table.clone()
 
 
 def _falling(problem: SaddleProblem, steps: int) -> Callable[[int], float]:

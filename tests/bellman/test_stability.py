@@ -49,6 +49,19 @@ def test_the_exact_shift_falls_as_the_inverse_of_the_size():
     np.testing.assert_allclose(result.saddle_shift.mean(1) * SIZES, 2.5, rtol=0.7)
 
 
+def test_by_default_runs_come_near_their_saddles_on_small_data_too():
+    """Ten passes over 32 rows from 0 would end nearly there."""
+    model = TabularMDP.random(2, 2, 0.8, seed=1)
+    options = dict(sizes=(32, 64), datasets=2, replaced=3, max_steps=8_000)
+    result = measure_stability(model, **options)
+    start = np.linalg.norm(model.soft_policy_iteration().q)
+    assert (result.optimisation_error < 0.1 * start).all() and result.control == 0.0
+    assert result.steps == (8_000, 8_000)
+    np.testing.assert_allclose(result.epsilon, result.saddle_shift.mean(1), rtol=0.5)
+    short = measure_stability(model, settings=STEP, **options)
+    assert short.steps == (320, 640)
+
+
 def test_a_data_set_against_itself_gives_exactly_0():
     assert measured().control == 0.0
 
@@ -172,7 +185,7 @@ def test_distances_are_what_runs_alone_give():
     family = neighbours(data, spare, 6, np.random.default_rng(0))
     problem = SaddleProblem(data, 0.5, Tables(2, 2))
     settings = Sgda(steps=200, step=Harmonic(20.0, 40.0), step_ratio=2.0)
-    found = _measure(problem, [family], settings, 5, True)
+    found = _measure(problem, [family], settings, 5, True, None)
     ends = [
         descend_ascend(problem, Batch.stack([each]), settings, seed=5, groups=[0])
         for each in family
