@@ -29,7 +29,7 @@ from benchmarks.results import Results, bootstrap_interval
 
 HERE = Path(__file__).parent
 SEEDS, TUNING = tuple(range(10)), (100, 101, 102)
-RATES = {"digits": (1e-4, 1e-3, 1e-2), "sft": (3e-4, 1e-3, 3e-3), "grpo": (1e-4, 3e-4, 1e-3)}
+RATES = {"digits": (1e-4, 1e-3, 1e-2), "sft": (1e-3,), "grpo": (3e-4,)}
 OPTIONS = {"clip": (0.1, 1.0), "cap": (0.03, 0.1, 0.3, 1.0)}
 """Tuned for each task and rate, on seeds of their own."""
 RADII = (0.06, 0.5, 1.0)

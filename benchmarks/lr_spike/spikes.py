@@ -81,8 +81,8 @@ class Length:
 
 LENGTHS = {
     "digits": Length(200, 50, 10),
-    "sft": Length(300, 100, 25),
-    "grpo": Length(200, 80, 20),
+    "sft": Length(120, 40, 10),
+    "grpo": Length(100, 40, 10),
 }
 
 
