@@ -500,7 +500,12 @@ class Trainer:
         # Dropout draws from torch's global generator. Its seed is a function of the step, so that
         # a resumed run sees the same masks without storing any generator.
         rank = self.accelerator.process_index
-        torch.manual_seed(hash((self.options.seed, self.step, rank)) & 0x7FFF_FFFF_FFFF_FFFF)
+        seed = hash((self.options.seed, self.step, rank)) & 0x7FFF_FFFF_FFFF_FFFF
+        if self.accelerator.device.type == "cpu":
+            # torch.manual_seed would first look for devices, for a millisecond.
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)
 
     # Evaluation -----------------------------------------------------------------------------------
 
