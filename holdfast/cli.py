@@ -252,7 +252,8 @@ def demos_record(
     episodes: Annotated[int, typer.Option(min=1, help="Episodes to keep.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the episodes.")] = 0,
     noise: Annotated[
-        float, typer.Option(min=0.0, help="Deviation of Gaussian noise on executed actions.")
+        float,
+        typer.Option(min=0.0, max=1e6, help="Deviation of Gaussian noise on executed actions."),
     ] = 0.0,
     intended: Annotated[
         bool, typer.Option(help="Store the intended action in place of the noisy one.")
@@ -267,7 +268,7 @@ def demos_record(
         bool | None,
         typer.Option(
             "--sparse/--dense",
-            help="End episodes at success, with reward 1; by default if an expert is recorded.",
+            help="End episodes at success, with reward 1; by default, unless it is a controller's.",
         ),
     ] = None,
     time_limit: Annotated[
@@ -305,6 +306,14 @@ def demos_record(
         time_limit=time_limit,
     )
     environments = make_environments(environment, min(count, episodes), options=options)
+    if policy is not None:
+        own = (trained.observation_size, trained.action_size)
+        if own != (here := (environments.observation_size, environments.action_size)):
+            raise RecipeError(
+                f"--policy {policy} sees {own[0]} numbers in an observation and makes {own[1]} in "
+                f"an action, but {environment} has {here[0]} and {here[1]}: it was trained in "
+                "another environment"
+            )
     found = recorded.record(
         act,
         environments,

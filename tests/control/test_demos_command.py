@@ -65,5 +65,7 @@ def test_a_trained_policy_is_recorded(tmp_path):
     seen = torch.from_numpy(first.observations[:1]).repeat(1, 2, 1).view(1, 2, observations)
     expected = policy.act(seen, torch.Generator(), deterministic=True).actions[0]
     torch.testing.assert_close(torch.from_numpy(first.actions[:3]), expected)
+    with pytest.raises(RecipeError, match="sees 6 numbers .* Hopper-v5 has 11 and 3"):
+        call("record", "Hopper-v5", tmp_path / "b.npz", *arguments)
     with pytest.raises(RecipeError, match="not both"):
         call("record", NAME, tmp_path / "b.npz", *arguments, "--controller", "mine.py:act")

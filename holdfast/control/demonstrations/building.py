@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,7 +48,7 @@ def build_episode(
     DataError
         For an empty episode, arrays of other lengths, or a flag before the last step.
     """
-    found = _matrix(source, name, "actions", actions)
+    found = matrix(source, name, "actions", actions)
     steps = len(found)
     if steps == 0:
         raise fault(source, "there are no steps", episode=name, field="actions")
@@ -58,7 +59,7 @@ def build_episode(
             episode=name,
             field="actions",
         )
-    seen = _matrix(source, name, "observations", observations)
+    seen = matrix(source, name, "observations", observations)
     if len(seen) not in (steps, steps + 1):
         raise fault(
             source,
@@ -70,7 +71,7 @@ def build_episode(
         np.zeros(steps) if rewards is None else _vector(source, name, "rewards", rewards, steps)
     )
     ends = {
-        field: None if flags is None else _vector(source, name, field, flags, steps) != 0
+        field: None if flags is None else _flags(source, name, field, flags, steps)
         for field, flags in (("terminations", terminations), ("truncations", truncations))
     }
     for field, flags in ends.items():
@@ -97,15 +98,25 @@ def build_episode(
     )
 
 
-def _matrix(source: str, name: object, field: str, values: Any) -> Floats:
+def matrix(source: str | Path, name: object, field: str, values: Any) -> Floats:
+    """Numbers ``(rows, size)``, float32: axes after the first are flattened.
+
+    Raises
+    ------
+    DataError
+        For anything but an array of real numbers.
+    """
     array = _numbers(source, name, field, values)
     if array.ndim == 0:
         raise fault(source, "this is one number, not one a step", episode=name, field=field)
     width = int(np.prod(array.shape[1:]))
-    return np.ascontiguousarray(array.reshape(len(array), width), dtype=np.float32)
+    with np.errstate(over="ignore"):  # What is too large becomes infinite, and validation names it.
+        return np.ascontiguousarray(array.reshape(len(array), width), dtype=np.float32)
 
 
-def _vector(source: str, name: object, field: str, values: Any, steps: int) -> NDArray[np.float64]:
+def _vector(
+    source: str | Path, name: object, field: str, values: Any, steps: int
+) -> NDArray[np.float64]:
     array = _numbers(source, name, field, values)
     if array.size != steps or len(array) != steps:
         raise fault(
@@ -117,8 +128,20 @@ def _vector(source: str, name: object, field: str, values: Any, steps: int) -> N
     return array.reshape(steps)
 
 
-def _numbers(source: str, name: object, field: str, values: Any) -> NDArray[np.float64]:
-    try:
-        return np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise fault(source, f"these are not numbers: {error}", episode=name, field=field) from error
+def _flags(
+    source: str | Path, name: object, field: str, values: Any, steps: int
+) -> NDArray[np.bool_]:
+    flags = _vector(source, name, field, values, steps)
+    if np.isnan(flags).any():
+        step = int(np.argmax(np.isnan(flags)))
+        raise fault(source, "this is nan, not a flag", episode=name, step=step, field=field)
+    return flags != 0
+
+
+def _numbers(source: str | Path, name: object, field: str, values: Any) -> NDArray[np.float64]:
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise fault(
+            source, f"these are not real numbers but {array.dtype}", episode=name, field=field
+        )
+    return array.astype(np.float64)

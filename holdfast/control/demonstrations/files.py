@@ -10,7 +10,7 @@ from holdfast.control.demonstrations.episodes import Demonstrations
 from holdfast.control.demonstrations.faults import fault
 from holdfast.control.demonstrations.npz import read_npz, write_npz
 from holdfast.control.demonstrations.robomimic import read_robomimic, write_robomimic
-from holdfast.errors import DataError
+from holdfast.errors import DataError, HoldfastError
 
 _HDF5 = (".hdf5", ".h5")
 _WRITERS = {".npz": write_npz, **dict.fromkeys(_HDF5, write_robomimic)}
@@ -41,6 +41,17 @@ def read_demonstrations(
         If the package that reads the form is not installed.
     """
     path = Path(path).expanduser()
+    try:
+        return _read(path, observation_keys)
+    except HoldfastError:
+        raise
+    except Exception as error:  # Damage makes the libraries that read files raise nearly anything.
+        raise fault(
+            path, f"it is damaged, or not what it looks like ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _read(path: Path, observation_keys: Sequence[str] | None) -> Demonstrations:
     if path.is_dir():
         if (path / lerobot.INFO).is_file():
             return lerobot.read_lerobot(path, observation_keys)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from holdfast.control.demonstrations.building import matrix
 from holdfast.control.demonstrations.faults import fault
 from holdfast.control.environments import require
 
@@ -32,9 +33,20 @@ def opened(path: Path, mode: str = "r") -> Iterator[Any]:
         raise fault(path, f"this is not a readable HDF5 file: {error}") from error
 
 
-def numbered(group: Any, prefix: str) -> list[str]:
-    """Names in ``group`` that are ``prefix`` and a number, in the order of the numbers."""
+def numbered(path: Path, group: Any, prefix: str) -> list[str]:
+    """Names of the groups in ``group`` that are ``prefix`` and a number, in order of the numbers.
+
+    Raises
+    ------
+    DataError
+        If something is no group, but data.
+    """
+    if hasattr(group, "shape"):
+        raise fault(path, f"'{group.name}' holds data where episodes should be")
     names = [name for name in group if name.removeprefix(prefix).isdigit()]
+    for name in names:
+        if hasattr(group[name], "shape"):
+            raise fault(path, "this is data, not a group of observations, actions, …", episode=name)
     return sorted(names, key=lambda name: int(name.removeprefix(prefix)))
 
 
@@ -58,7 +70,7 @@ def optional(group: Any, field: str) -> NDArray[Any] | None:
 
 def joined(
     path: Path, group: Any, field: str, episode: str, keys: Sequence[str] | None
-) -> NDArray[np.float64]:
+) -> NDArray[np.float32]:
     """Observations ``(time, size)`` of a data set, or of the parts of a group side by side.
 
     Parameters
@@ -75,10 +87,9 @@ def joined(
         raise fault(path, f"it is missing; found: {', '.join(group)}", episode=episode, field=field)
     whole = group[field]
     if hasattr(whole, "shape"):
-        values = np.asarray(whole[()], dtype=np.float64)
-        return values.reshape(len(values), -1)
-    parts = {name: item for name, item in _leaves(whole)}
-    names = sorted(n for n, item in parts.items() if item.ndim <= 2) if keys is None else list(keys)
+        return matrix(path, episode, field, whole[()])
+    parts = dict(_leaves(whole))
+    names = vectors(whole) if keys is None else list(keys)
     if not names:
         raise fault(path, "there are no vectors in it", episode=episode, field=field)
     for name in names:
@@ -89,18 +100,32 @@ def joined(
                 episode=episode,
                 field=f"{field}/{name}",
             )
-    columns = [np.asarray(parts[name][()], dtype=np.float64) for name in names]
+    columns = [matrix(path, episode, f"{field}/{name}", parts[name][()]) for name in names]
     if len({len(column) for column in columns}) != 1:
         lengths = ", ".join(f"{n}: {len(c)}" for n, c in zip(names, columns, strict=True))
         raise fault(path, f"its parts differ in length ({lengths})", episode=episode, field=field)
-    return np.concatenate([column.reshape(len(column), -1) for column in columns], axis=1)
+    return np.concatenate(columns, axis=1)
 
 
-def json_attribute(group: Any, name: str) -> Any:
-    """An attribute that holds JSON; ``None`` where it is not there or holds something else."""
+def vectors(group: Any) -> list[str]:
+    """The parts of a group that are numbers or vectors, by name."""
+    return sorted(name for name, item in _leaves(group) if item.ndim <= 2)
+
+
+def json_attribute(group: Any, name: str) -> dict[str, Any]:
+    """An attribute that holds a JSON object; empty where it is not there or holds other things."""
     value = group.attrs.get(name)
     try:
-        return None if value is None else json.loads(value)
+        found = None if value is None else json.loads(value)
+    except (TypeError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def integer_attribute(group: Any, name: str) -> int | None:
+    """An attribute that is a whole number; ``None`` where it is missing, or the text ``None``."""
+    try:
+        return int(group.attrs.get(name))
     except (TypeError, ValueError):
         return None
 

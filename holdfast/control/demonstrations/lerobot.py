@@ -41,6 +41,8 @@ def read_lerobot(folder: Path, observation_keys: Sequence[str] | None = None) ->
             field="codebase_version",
         )
     features = info.get("features") or {}
+    if not isinstance(features, dict) or not all(isinstance(f, dict) for f in features.values()):
+        raise fault(folder / INFO, "this is not an object of objects", field="features")
     keys = list(observation_keys or _vectors(features))
     missing = [key for key in [*keys, "action"] if key not in features]
     if missing or not keys:
@@ -64,7 +66,7 @@ def read_lerobot(folder: Path, observation_keys: Sequence[str] | None = None) ->
         length = lengths.get(int(number))
         episodes.append(_episode(folder, int(number), rows, keys, length))
     expected = info.get("total_episodes")
-    if not episodes or (expected is not None and int(expected) != len(episodes)):
+    if not episodes or (expected is not None and str(expected) != str(len(episodes))):
         raise fault(folder, f"there are {len(episodes)} episodes in data/, but it says {expected}")
     return Demonstrations(tuple(episodes), str(folder), details={"fps": info.get("fps")})
 
@@ -109,7 +111,7 @@ def _vectors(features: dict[str, Any]) -> list[str]:
         for key, feature in features.items()
         if key.startswith("observation.")
         and str(feature.get("dtype", "")).startswith(("float", "int"))
-        and len(feature.get("shape", ())) <= 1
+        and len(feature.get("shape") or ()) <= 1
     ]
 
 
@@ -128,11 +130,18 @@ def _columns(folder: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
                     f"it is missing; found: {', '.join(table.column_names)}",
                     field=name,
                 )
-            column = np.array(table.column(name).to_pylist())
+            try:
+                column = np.array(table.column(name).to_pylist())
+            except ValueError:  # Rows of lists of several lengths.
+                column = np.array(None, dtype=object)
             if column.dtype == object:
                 raise fault(path, "rows differ in length, or some are empty", field=name)
-            vector = name == "action" or name.startswith("observation.")
-            parts[name].append(column.reshape(len(column), -1) if vector else column.reshape(-1))
+            if len(column):  # A file may have no rows.
+                vector = name == "action" or name.startswith("observation.")
+                shape = (len(column), -1) if vector else -1
+                parts[name].append(column.reshape(shape))
+    if not parts["action"]:
+        raise fault(folder, "there are no rows in data/")
     return {name: np.concatenate(values) for name, values in parts.items()}
 
 

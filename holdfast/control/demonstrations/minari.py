@@ -39,22 +39,20 @@ def read_minari(folder: Path, observation_keys: Sequence[str] | None = None) -> 
         )
     path = folder / FILE
     with hdf5.opened(path) as file:
-        names = hdf5.numbered(file, "episode_")
+        names = hdf5.numbered(path, file, "episode_")
         if not names:
             raise fault(path, "there are no episodes (episode_0, episode_1, ...) in it")
         episodes = tuple(_episode(path, file[name], name, observation_keys) for name in names)
         expected = metadata.get("total_episodes", file.attrs.get("total_episodes"))
         specification = metadata.get("env_spec") or file.attrs.get("env_spec")
-    if expected is not None and int(expected) != len(episodes):
+    if expected is not None and str(expected) != str(len(episodes)):
         raise fault(path, f"there are {len(episodes)} episodes, but it says {expected}")
     return Demonstrations(episodes, str(folder), _environment(specification))
 
 
 def _episode(path: Path, group: Any, name: str, keys: Sequence[str] | None) -> Episode:
-    attributes = group.attrs
     infos = group.get("infos") or {}
     success = [bool(infos[key][()].any()) for key in _SUCCESS if key in infos]
-    seed, steps = attributes.get("seed"), attributes.get("total_steps")
     return build_episode(
         str(path),
         name,
@@ -64,17 +62,9 @@ def _episode(path: Path, group: Any, name: str, keys: Sequence[str] | None) -> E
         terminations=hdf5.optional(group, "terminations"),
         truncations=hdf5.optional(group, "truncations"),
         success=any(success) if success else None,
-        seed=_integer(seed),
-        length=_integer(steps),
+        seed=hdf5.integer_attribute(group, "seed"),
+        length=hdf5.integer_attribute(group, "total_steps"),
     )
-
-
-def _integer(value: Any) -> int | None:
-    """Attributes that are not known are missing, or the text ``None``."""
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        return None
 
 
 def _metadata(path: Path) -> dict[str, Any]:

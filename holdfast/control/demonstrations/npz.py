@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from holdfast.control.demonstrations.building import build_episode
 from holdfast.control.demonstrations.episodes import Demonstrations
@@ -29,14 +30,20 @@ def read_npz(path: Path) -> Demonstrations:
         If it is damaged, empty, or its arrays do not fit together.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        loaded = np.load(path, allow_pickle=False)
+        if not isinstance(loaded, np.lib.npyio.NpzFile):
+            raise fault(path, "this is one array, not an archive of several: write it by np.savez")
+        with loaded as archive:
             arrays = {key: archive[key] for key in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise fault(path, f"this is not a readable .npz file of numbers: {error}") from error
     for key in ("observations", "actions", "lengths"):
         if key not in arrays:
             raise fault(path, "it is missing; see the guide for the form of .npz files", field=key)
-    lengths = np.asarray(arrays["lengths"]).astype(np.int64).reshape(-1)
+    for key in ("observations", "actions", "rewards"):
+        if key in arrays and arrays[key].ndim == 0:
+            raise fault(path, "this is one number, not one a step", field=key)
+    lengths = _whole(path, arrays, "lengths").reshape(-1)
     if len(lengths) == 0:
         raise fault(path, "there are no episodes", field="lengths")
     if (lengths < 1).any():
@@ -62,6 +69,8 @@ def read_npz(path: Path) -> Demonstrations:
                 f"the shape is {arrays[key].shape}; it must be ({len(lengths)},), one an episode",
                 field=key,
             )
+        if key in arrays:
+            arrays[key] = _whole(path, arrays, key)
     metadata = _metadata(path, arrays.get("metadata"))
     stops = np.cumsum(lengths)
     seen = np.cumsum(lengths + (extra > 0))
@@ -113,6 +122,16 @@ def write_npz(demonstrations: Demonstrations, path: Path) -> None:
     )
 
 
+def _whole(path: Path, arrays: dict[str, Any], key: str) -> NDArray[np.int64]:
+    """Counts and flags, which a NaN or a text would make something else of."""
+    given = arrays[key]
+    with np.errstate(invalid="ignore"):
+        whole = given.astype(np.int64) if given.dtype.kind in "biuf" else None
+    if whole is None or (whole != given).any():
+        raise fault(path, "these are not whole numbers", field=key)
+    return whole
+
+
 def _at_end(arrays: dict[str, Any], key: str, number: int, length: int) -> Any:
     """The flag of an episode as a flag of its last step."""
     if key not in arrays:
@@ -135,4 +154,6 @@ def _metadata(path: Path, value: Any) -> dict[str, Any]:
         raise fault(path, f"this is not JSON: {error}", field="metadata") from error
     if not isinstance(found, dict):
         raise fault(path, "this is not a JSON object", field="metadata")
+    if not isinstance(found.get("details") or {}, dict):
+        raise fault(path, "its details are not a JSON object", field="metadata")
     return found

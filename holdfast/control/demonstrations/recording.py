@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -59,15 +60,16 @@ def record(
     Raises
     ------
     DataError
-        If the attempts do not bring enough successes, or the task does not say what success is.
+        If the attempts do not bring enough successes, the task does not say what success is, or
+        ``act`` answers in a wrong shape.
     ValueError
-        If ``episodes`` or ``attempts`` is below 1, or ``noise`` is negative.
+        If ``episodes`` or ``attempts`` is below 1, or ``noise`` is negative or not finite.
     """
     attempts = 10 * episodes if attempts is None else attempts
     if episodes < 1 or attempts < 1:
         raise ValueError(f"episodes is {episodes}, attempts {attempts}: both must be at least 1")
-    if noise < 0:
-        raise ValueError(f"noise is {noise}: it must not be negative")
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"noise is {noise}: it must be finite and not negative")
     seeds = episode_seeds(seed, attempts, stream="recording")
     kept: list[Episode] = []
     tried, clipped, steps = 0, 0, 0
@@ -151,10 +153,10 @@ def _takes(
             takes[number] = _Take(seeds[number], [observations[slot, -1]])
         current = {slot: takes[int(numbers[slot])] for slot in slots}
         if any(not take.pending for take in current.values()):
-            chunks = act(observations)
+            chunks = _answer(act, environments, observations)
             for slot, take in current.items():
                 if not take.pending:
-                    take.pending.extend(np.asarray(chunks[slot], dtype=np.float32))
+                    take.pending.extend(chunks[slot])
         meant = np.zeros((environments.count, size), dtype=np.float32)
         for slot, take in current.items():
             meant[slot] = take.pending.popleft()
@@ -172,6 +174,23 @@ def _takes(
             take.success = bool(step.success[slot])
         observations, begun = step.observations, step.ended & environments.running
     return [takes[number] for number in range(len(seeds))]
+
+
+def _answer(act: Act, environments: VectorEnvironment, observations: Floats) -> Floats:
+    """Chunks of actions. One of another shape would be taken for other actions, unnoticed."""
+    answer = act(observations)
+    try:
+        chunks = np.asarray(answer, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{environments.name}: the controller's actions: {error}") from error
+    wanted = (environments.count, "horizon", environments.action_size)
+    if chunks.ndim != 3 or chunks.shape[::2] != wanted[::2] or not chunks.shape[1]:
+        raise DataError(
+            f"{environments.name}: the controller's actions have shape {chunks.shape}; they must "
+            f"be ({wanted[0]}, horizon, {wanted[2]}): for each environment a chunk of actions, "
+            "which may be a single one (horizon 1)"
+        )
+    return chunks
 
 
 def _noise(environments: VectorEnvironment) -> Floats:

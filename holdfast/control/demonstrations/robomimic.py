@@ -39,12 +39,12 @@ def read_robomimic(path: Path, observation_keys: Sequence[str] | None = None) ->
         if "data" not in file:
             raise fault(path, "there is no group 'data', so this is no robomimic file")
         data = file["data"]
-        names = hdf5.numbered(data, "demo_")
+        names = hdf5.numbered(path, data, "demo_")
         if not names:
             raise fault(path, "there are no demonstrations (demo_0, demo_1, ...) in it")
         episodes = tuple(_episode(path, data[name], name, observation_keys) for name in names)
-        arguments = hdf5.json_attribute(data, "env_args") or {}
-        details = hdf5.json_attribute(data, _OURS) or {}
+        arguments = hdf5.json_attribute(data, "env_args")
+        details = hdf5.json_attribute(data, _OURS)
     return Demonstrations(episodes, str(path), arguments.get("env_name"), details)
 
 
@@ -76,32 +76,41 @@ def write_robomimic(demonstrations: Demonstrations, path: Path) -> None:
 def _episode(path: Path, group: Any, name: str, keys: Sequence[str] | None) -> Episode:
     observations = hdf5.joined(path, group, "obs", name, keys)
     if "next_obs" in group and len(observations):
-        after = hdf5.joined(path, group, "next_obs", name, keys)
+        # The same parts, or the last observation would be another quantity.
+        own = hdf5.vectors(group["obs"]) if keys is None else keys
+        after = hdf5.joined(path, group, "next_obs", name, own)
+        if after.shape != observations.shape:
+            raise fault(
+                path,
+                f"the shape is {after.shape}, that of obs is {observations.shape}",
+                episode=name,
+                field="next_obs",
+            )
         observations = np.concatenate([observations, after[-1:]])
     rewards, dones = hdf5.optional(group, "rewards"), hdf5.optional(group, "dones")
     success = None if rewards is None else bool(np.max(rewards, initial=0.0) > 0)
     attributes = group.attrs
     success = bool(attributes["success"]) if "success" in attributes else success
     flags: dict[str, Any] = {}
+    actions = hdf5.array(path, group, "actions", name)
     if "terminated" in attributes:
-        last = np.arange(len(group["actions"])) == len(group["actions"]) - 1
+        last = np.arange(np.size(actions, 0)) == np.size(actions, 0) - 1
         flags["terminations"] = last & bool(attributes["terminated"])
-        flags["truncations"] = last & bool(attributes["truncated"])
+        flags["truncations"] = last & bool(attributes.get("truncated", False))
     elif dones is not None:
         # robomimic also sets the flag at every step in which success holds, not at the first alone.
         last = np.zeros(np.shape(dones), dtype=np.bool_)
         last[-1:] = np.asarray(dones[-1:]) > 0
         flags["terminations"] = last & bool(success)
         flags["truncations"] = last & (not success)
-    samples = attributes.get("num_samples")
     return build_episode(
         str(path),
         name,
         observations=observations,
-        actions=hdf5.array(path, group, "actions", name),
+        actions=actions,
         rewards=rewards,
         success=success,
-        seed=int(attributes["seed"]) if "seed" in attributes else None,
-        length=None if samples is None else int(samples),
+        seed=hdf5.integer_attribute(group, "seed"),
+        length=hdf5.integer_attribute(group, "num_samples"),
         **flags,
     )

@@ -32,7 +32,8 @@ class SparseSuccess(gymnasium.Wrapper):
         success = success_of(info)
         if success is None:
             raise SimulatorError(
-                f"{self.env} does not report success, so it has no sparse reward; leave out sparse"
+                f"{self.env} does not report success, so it has no sparse reward; leave out sparse "
+                "(to record demonstrations: --dense)"
             )
         terminated = terminated or success
         return observation, float(success), terminated, truncated and not terminated, info

@@ -71,6 +71,34 @@ def test_an_archive_of_the_least_is_enough(tmp_path):
     assert first.truncated and not first.terminated and first.seed is None
 
 
+def test_one_array_is_no_archive(tmp_path):
+    with (tmp_path / "a.npz").open("wb") as file:
+        np.save(file, numbers(3))
+    with pytest.raises(DataError, match="one array, not an archive"):
+        read_demonstrations(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("name", ["some.npz", "some.hdf5"])
+def test_a_damaged_file_is_refused_whatever_the_library_makes_of_it(tmp_path, name):
+    path = tmp_path / name
+    write_demonstrations(Demonstrations((episode(40), episode(40, seed=3)), "here"), path)
+    whole = path.read_bytes()
+    draw = np.random.default_rng(0)
+    refused = 0
+    for _ in range(60):
+        damaged = bytearray(whole[: draw.integers(len(whole))] if draw.random() < 0.3 else whole)
+        for _ in range(20):
+            if damaged:
+                damaged[draw.integers(len(damaged))] = draw.integers(256)
+        path.write_bytes(damaged)
+        try:
+            read_demonstrations(path)
+        except DataError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 20
+
+
 class TestRobomimic:
     """The layout of robomimic's own low-dimensional files."""
 
@@ -134,6 +162,31 @@ class TestRobomimic:
             file["data/demo_0/rewards"] = np.zeros(3)
         with pytest.raises(DataError, match=r"demo_0, field rewards: the shape is \(3,\)"):
             read_demonstrations(path)
+
+    def test_what_follows_must_be_of_the_same_parts(self, path):
+        with h5py.File(path, "a") as file:
+            file["data/demo_2/next_obs/another"] = numbers(5, 4)
+        assert read_demonstrations(path).episodes[1].observations.shape == (6, 13)
+        with h5py.File(path, "a") as file:
+            del file["data/demo_2/next_obs/object"]
+        with pytest.raises(DataError, match="demo_2, field next_obs/object: it is missing"):
+            read_demonstrations(path)
+
+    @pytest.mark.parametrize("place", ["data", "data/demo_0"])
+    def test_data_in_the_place_of_a_group_is_refused(self, path, place):
+        with h5py.File(path, "a") as file:
+            del file[place]
+            file[place] = np.zeros(3)
+        with pytest.raises(DataError, match="data"):
+            read_demonstrations(path)
+
+    def test_attributes_that_say_nothing_are_passed_over(self, path):
+        with h5py.File(path, "a") as file:
+            file["data"].attrs["env_args"] = "[1]"
+            file["data/demo_0"].attrs["num_samples"] = "None"
+            file["data/demo_0"].attrs["seed"] = "None"
+        found = read_demonstrations(path)
+        assert found.environment is None and found.episodes[0].seed is None
 
     def test_a_file_without_demonstrations_is_refused(self, tmp_path):
         with h5py.File(tmp_path / "empty.hdf5", "w") as file:
@@ -271,6 +324,25 @@ class TestLeRobot:
         with pytest.raises(DataError, match="episode 2, step 2, field frame_index: found frame 3"):
             read_demonstrations(folder)
 
+    @pytest.mark.parametrize("last", [None, [0.0], [0.0, None]])
+    def test_a_row_that_is_not_whole_is_named(self, folder, last):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = folder / "data/chunk-000/file-001.parquet"
+        table = pq.read_table(path)
+        rows = pa.array([*table.column("action").to_pylist()[:-1], last])
+        table = table.set_column(table.column_names.index("action"), "action", rows)
+        pq.write_table(table, path)
+        with pytest.raises(DataError, match=r"file-001.*field action: rows differ in length"):
+            read_demonstrations(folder)
+
+    def test_features_in_another_form_are_refused(self, folder):
+        info = json.loads((folder / "meta/info.json").read_text())
+        (folder / "meta/info.json").write_text(json.dumps({**info, "features": ["action"]}))
+        with pytest.raises(DataError, match="field features"):
+            read_demonstrations(folder)
+
     def test_a_feature_that_is_not_there_is_named(self, folder):
         with pytest.raises(DataError, match=r"there is no observation\.nothing; found"):
             read_demonstrations(folder, observation_keys=["observation.nothing"])
@@ -301,7 +373,16 @@ def archive(**changes):
         ({"observations": numbers(6, 3)}, "field observations: there are 6.*sum to 5"),
         ({"rewards": numbers(4)}, "field rewards: there are 4"),
         ({"success": np.array([1, 1, 1])}, r"field success: the shape is \(3,\)"),
-        ({"actions": np.array(["a"] * 5)}, "field actions: these are not numbers"),
+        ({"actions": np.array(["a"] * 5)}, "field actions: these are not real numbers"),
+        ({"actions": numbers(5, 2) * 1j}, "field actions: these are not real numbers"),
+        ({"observations": np.float32(1)}, "field observations: this is one number"),
+        ({"lengths": np.array(["a", "b"])}, "field lengths: these are not whole numbers"),
+        ({"lengths": np.array([2.5, 2.5])}, "field lengths: these are not whole numbers"),
+        ({"lengths": np.array([np.nan, 2])}, "field lengths: these are not whole numbers"),
+        ({"terminated": np.array([np.nan, 1])}, "field terminated: these are not whole numbers"),
+        ({"success": np.array(["no", "no"])}, "field success: these are not whole numbers"),
+        ({"seeds": np.array([np.nan, 1])}, "field seeds: these are not whole numbers"),
+        ({"metadata": np.array('{"details": [1]}')}, "field metadata: its details"),
         ({"metadata": np.array("{")}, "field metadata: this is not JSON"),
     ],
 )

@@ -89,6 +89,18 @@ def test_actions_are_clipped_before_they_are_stored_and_it_is_noted():
     assert recorded.actions.max() == 1.0 and recorded.details["clipped"] == 1.0
 
 
+@pytest.mark.parametrize("shape", [(3, 2), (3, 1, 5), (1, 1, 2), (3, 0, 2), ()])
+def test_actions_of_another_shape_are_refused(shape):
+    """An answer (environments, size) would pass for a chunk of single numbers."""
+    with pytest.raises(DataError, match="actions have shape"):
+        record(lambda seen: np.zeros(shape), make(), 3, keep_failures=True)
+
+
+def test_an_answer_that_is_not_of_numbers_is_refused():
+    with pytest.raises(DataError, match="the controller's actions"):
+        record(lambda seen: [["left"]], make(), 3, keep_failures=True)
+
+
 def test_too_few_successes_are_an_error_that_says_how_many():
     def still(observations):
         return np.zeros((len(observations), 1, 2), dtype=np.float32)
@@ -111,7 +123,13 @@ def test_a_task_without_success_asks_to_keep_failures():
 
 
 @pytest.mark.parametrize(
-    "options", [{"episodes": 0}, {"episodes": 1, "attempts": 0}, {"episodes": 1, "noise": -1.0}]
+    "options",
+    [
+        {"episodes": 0},
+        {"episodes": 1, "attempts": 0},
+        {"episodes": 1, "noise": -1.0},
+        {"episodes": 1, "noise": float("inf")},
+    ],
 )
 def test_values_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match="at least 1|negative"):
