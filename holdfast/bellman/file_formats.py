@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import importlib
+import itertools
 import json
 import re
 import zipfile
@@ -17,6 +20,7 @@ from numpy.typing import NDArray
 from holdfast.errors import DataError, nearest
 
 _KNOWN = ("state", "action", "reward", "next_state", "terminal", "trajectory", "time")
+_FROM_ZERO = " (the first is row 0)"
 _FORMATS = ".csv, .csv.gz, .parquet, .npz, or a folder of a Minari data set"
 
 # Of Minari: an episode's number and arrays.
@@ -31,10 +35,11 @@ class Table:
     source: str
     columns: dict[str, NDArray[Any]]
     where: Callable[[int], str]
+    counting: str = ""
 
     def error(self, row: int, what: str) -> DataError:
         """An error to raise about a row."""
-        return DataError(f"{self.source}, {self.where(row)}: {what}")
+        return DataError(f"{self.source}, {self.where(row)}{self.counting}: {what}")
 
 
 def read_table(path: Path, source: str, names: Mapping[str, str]) -> Table:
@@ -94,8 +99,16 @@ def _frame(path: Path, source: str) -> Table:
         raise DataError(f"{source} cannot be read ({type(error).__name__}: {error})") from error
     columns = {str(name): frame[name].to_numpy() for name in frame.columns}
     if parquet:
-        return Table(source, columns, lambda row: f"row {row} (the first is row 0)")
-    return Table(source, columns, lambda row: f"line {row + 2}")  # line 1 is the header
+        return Table(source, columns, lambda row: f"row {row}", _FROM_ZERO)
+    return Table(source, columns, lambda row: f"line {_line(path, row)}")
+
+
+def _line(path: Path, row: int) -> int:
+    """The line of a CSV file that a row of its table ends in: blank lines are no rows."""
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as file:
+        records = csv.reader(file)
+        filled = (records.line_num for each in records if len(each) > 1 or "".join(each).strip())
+        return next(itertools.islice(filled, row + 1, None), row + 2)  # the header comes first
 
 
 def _npz(path: Path, source: str) -> Table:
@@ -108,7 +121,7 @@ def _npz(path: Path, source: str) -> Table:
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise DataError(f"{source}: its arrays differ in length: {told}.")
-    return Table(source, columns, lambda row: f"row {row} (the first is row 0)")
+    return Table(source, columns, lambda row: f"row {row}", _FROM_ZERO)
 
 
 def _minari(folder: Path, source: str) -> Table:
@@ -131,6 +144,17 @@ def _minari(folder: Path, source: str) -> Table:
             raise DataError(
                 f"{source}, episode {episode}: {len(seen)} observations for {steps} actions; "
                 "expected one more."
+            )
+        for name in ("rewards", "terminations"):
+            if len(read[name]) != steps:
+                raise DataError(
+                    f"{source}, episode {episode}: {len(read[name])} {name} for {steps} actions; "
+                    "expected as many."
+                )
+        if parts["state"] and seen.shape[1:] != parts["state"][0].shape[1:]:
+            raise DataError(
+                f"{source}, episode {episode}: observations have the shape {seen.shape[1:]}, and "
+                f"{parts['state'][0].shape[1:]} in episodes before; expected the same in all."
             )
         if read["actions"].ndim != 1 or not np.issubdtype(read["actions"].dtype, np.integer):
             raise DataError(
@@ -163,6 +187,8 @@ def _hdf5_episodes(data: Path, source: str) -> Iterator[Episode]:
     with file:
         for name, group in file.items():
             for field in _FIELDS:
+                if field not in group:
+                    raise DataError(f"{source}: {name} has no {field}. Found: {', '.join(group)}.")
                 if not isinstance(group.get(field), h5py.Dataset):
                     raise DataError(
                         f"{source}: {name}/{field} is no array. Observations and actions that are "

@@ -76,7 +76,7 @@ def read_transitions(
         raise DataError(f"{source} is empty: it holds no rows.")
 
     state = _states(table, "state", states)
-    action = _whole(table, "action", 0, actions - 1)
+    action = _whole(table, "action", 0, actions - 1, f", as actions is {actions}")
     n = len(state)
     terminal = _whole(table, "terminal", 0, 1) > 0 if "terminal" in table.columns else _never(n)
     reward = np.full(n, np.nan)
@@ -112,7 +112,8 @@ def read_transitions(
         raise DataError(
             f"{source}: anchor action {anchor_action} is never observed in its {n} rows ("
             f"{table.where(0)} to {table.where(n - 1)}), so no reward is known. Observed: "
-            f"{', '.join(map(str, np.unique(action[kept])))}."
+            f"{', '.join(map(str, np.unique(action[kept])))}. Take one of these as the anchor, or "
+            "give rows in which it was taken."
         )
     return Transitions(state, action, reward, next_state, terminal, number)[kept]
 
@@ -157,7 +158,8 @@ def _states(table: Table, name: str, states: int | None) -> NDArray[Any]:
             f"{table.source}: {name} has {wide.shape[1]} columns, but a table needs one"
         )
     if wide.ndim == 1 and (states is not None or _is_integer(table.columns[name])):
-        return _whole(table, name, 0, (states or 2**31) - 1)
+        why = "" if states is None else f", as states is {states}"
+        return _whole(table, name, 0, (states or 2**31) - 1, why)
     return wide if wide.ndim == 2 else wide[:, None]
 
 
@@ -172,14 +174,14 @@ def _numbered(table: Table, name: str) -> list[str]:
     return names
 
 
-def _whole(table: Table, name: str, least: int, most: int) -> NDArray[np.int64]:
+def _whole(table: Table, name: str, least: int, most: int, why: str = "") -> NDArray[np.int64]:
     values = _numbers(table, name)
     if values.ndim != 1:
         raise DataError(f"{table.source}: {name} has shape {values.shape}: it must be (n,).")
     with np.errstate(invalid="ignore"):
         bad = ~np.isfinite(values) | (values != np.round(values))
         bad |= (values < least) | (values > most)
-    expected = f"expected a whole number from {least} to {most}"
+    expected = f"expected a whole number from {least} to {most}{why}"
     _refuse(table, bad, name, values, expected)
     return values.astype(np.int64)
 
@@ -188,7 +190,7 @@ def _numbers(table: Table, name: str) -> NDArray[np.float64]:
     if name not in table.columns:
         raise DataError(
             f"{table.source} has no column {name}. Found: {', '.join(table.columns)}"
-            f"{nearest(name, table.columns)}"
+            f"{nearest(name, table.columns)} Where it has another name, say so in columns."
         )
     column = table.columns[name]
     try:

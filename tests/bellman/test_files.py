@@ -170,7 +170,10 @@ def change(column: str, row: int, value: object):
 
 
 BAD_ROWS = [
-    (change("action", 3, 2), "line 5: action is 2, expected a whole number from 0 to 1"),
+    (
+        change("action", 3, 2),
+        "line 5: action is 2, expected a whole number from 0 to 1, as actions is 2",
+    ),
     (change("action", 3, -1), "line 5: action is -1"),
     (change("action", 3, 0.5), "line 5: action is 0.5"),
     (change("action", 3, None), r"line 5: action is empty or not a number \(NaN\)"),
@@ -194,6 +197,15 @@ def test_a_bad_row_is_named(tmp_path, changed, message):
     path = save(changed(log()), tmp_path, "csv")
     with pytest.raises(DataError, match=f"log.csv, {message}"):
         read_transitions(path, actions=2, states=3)
+
+
+def test_lines_are_those_of_an_editor(tmp_path):
+    """Blank lines are no rows; a cell may hold a line break, and the row's last line counts."""
+    path = tmp_path / "log.csv"
+    lines = ["state,action,reward,next_state,note", "0,0,1,1,", "", "  ", '1,0,1,0,"a', 'b"']
+    path.write_text("\n".join([*lines, "1,5,1,0,", ""]))
+    with pytest.raises(DataError, match="log.csv, line 7: action is 5"):
+        read_transitions(path, actions=2)
 
 
 def test_rows_of_files_without_lines_count_from_zero(tmp_path):
@@ -236,7 +248,8 @@ def test_a_gap_in_the_numbers_of_observations_is_named(tmp_path):
 def test_an_anchor_that_is_never_observed_is_refused(tmp_path):
     path = save(log(), tmp_path, "csv")
     message = (
-        r"anchor action 2 is never observed in its 5 rows \(line 2 to line 6\).*Observed: 0, 1"
+        r"anchor action 2 is never observed in its 5 rows \(line 2 to line 6\).*Observed: 0, 1. "
+        "Take one of these as the anchor"
     )
     with pytest.raises(DataError, match=message):
         read_transitions(path, actions=3, anchor_action=2, anchor_reward=0.0)
@@ -374,7 +387,13 @@ def test_a_minari_set_names_what_is_wrong_and_the_step(tmp_path, kind):
         read("nan", {"rewards": np.array([np.nan, 1.0])})
     with pytest.raises(DataError, match="episode.*0.*rewards"):
         read("missing", drop="rewards")
+    with pytest.raises(DataError, match=r"episode 1: observations have the shape \(2,\)"):
+        read("wide", {"observations": np.zeros((3, 2))})
     if kind == "hdf5":  # Arrow's columns are of one length
+        with pytest.raises(DataError, match="episode_0 has no rewards. Found: actions, obs"):
+            read("none", drop="rewards")
+        with pytest.raises(DataError, match="episode 1: 1 rewards for 2 actions"):
+            read("short", {"rewards": np.zeros(1)})
         with pytest.raises(DataError, match="episode 1: 2 observations for 2 actions"):
             read("gap", {"observations": np.array([0, 1])})
     with pytest.raises(DataError, match="anchor action 2 is never observed.*episode 0, step 0"):
