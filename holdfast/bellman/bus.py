@@ -246,13 +246,7 @@ def _decisions(frame: pandas.DataFrame, bins: int) -> tuple[Integers, Integers, 
     bus = _bus_numbers(frame)
     follows = np.zeros(len(frame), dtype=bool)
     follows[1:] = bus[1:] == bus[:-1]
-    period, state = _integers(frame, "period"), _integers(frame, "state")
-    action, usage = _integers(frame, "replace"), _integers(frame, "usage", follows)
-
-    _refuse((state < 0) | (state >= bins), state, "state", f"a bin from 0 to {bins - 1}")
-    _refuse((action != KEEP) & (action != REPLACE), action, "replace", "0 (keep) or 1 (replace)")
-    _refuse(follows & ((usage < 0) | (usage >= bins)), usage, "usage", f"0 to {bins - 1} bins")
-
+    # The order first: in rows that are mixed up, any of the rest may look wrong.
     first = np.flatnonzero(~follows)
     opening = np.unique(bus[first], return_index=True)[1]
     again = np.delete(first, opening)
@@ -261,6 +255,13 @@ def _decisions(frame: pandas.DataFrame, bins: int) -> tuple[Integers, Integers, 
             f"row {again[0]}: bus {frame['bus_id'].iloc[again[0]]} goes on here after other buses. "
             "Sort the rows by bus and period."
         )
+    period, state = _integers(frame, "period"), _integers(frame, "state")
+    action, usage = _integers(frame, "replace"), _integers(frame, "usage", follows)
+
+    _refuse((state < 0) | (state >= bins), state, "state", f"a bin from 0 to {bins - 1}")
+    _refuse((action != KEEP) & (action != REPLACE), action, "replace", "0 (keep) or 1 (replace)")
+    _refuse(follows & ((usage < 0) | (usage >= bins)), usage, "usage", f"0 to {bins - 1} bins")
+
     before = np.concatenate([[0], period[:-1]])
     gap = np.flatnonzero(follows & (period != before + 1))
     if len(gap):

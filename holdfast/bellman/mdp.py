@@ -113,13 +113,14 @@ class TabularMDP:
         Parameters
         ----------
         n : int
-            How many.
+            How many, at least 1.
         seed : int
             The same draws for the same seed.
         law : array, optional
             ``(states, actions)``: probabilities of the pairs. By default the same for all pairs of
             states that are not terminal.
         """
+        _check_counts(n=n)
         rng = np.random.default_rng(seed)
         if law is None:
             live = np.flatnonzero(~self.terminal)
@@ -148,7 +149,7 @@ class TabularMDP:
         Parameters
         ----------
         trajectories, length : int
-            How many, and of how many decisions each.
+            How many, and of how many decisions each, at least 1.
         seed : int
             The same draws for the same seed.
         policy : array, optional
@@ -157,6 +158,7 @@ class TabularMDP:
             ``(states,)``: probabilities of the first state. By default the same for all that are
             not terminal.
         """
+        _check_counts(trajectories=trajectories, length=length)
         rng = np.random.default_rng(seed)
         if policy is None:
             policy = self.soft_policy_iteration().policy
@@ -395,6 +397,12 @@ def check_discount(discount: float) -> float:
     if not 0.0 <= discount < 1.0:
         raise ValueError(f"discount is {discount}: it must lie in [0, 1)")
     return float(discount)
+
+
+def _check_counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}: it must be at least 1")
 
 
 def probabilities(name: str, rows: Array, what: str = "") -> Array:

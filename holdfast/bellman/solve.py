@@ -88,9 +88,10 @@ def soft_value_iteration(
         update = np.where(live, mdp.rewards + mdp.discount * mdp.expected(v), 0.0)
         change = update - q
         low, high = change.min(), change.max()
-        if max(-low, high) <= max(tolerance, _rounding(q)):
-            return _solution(mdp, q, sweep)
+        settled = max(-low, high) <= max(tolerance, _rounding(q))
         q = update + shift * 0.5 * (low + high)
+        if settled:
+            return _solution(mdp, q, sweep)
     raise HoldfastError(
         f"soft value iteration left a residual of {max(-low, high):.3g} after {max_sweeps} sweeps "
         f"(tolerance {tolerance:.3g}, discount {mdp.discount}): use soft_policy_iteration."

@@ -215,6 +215,7 @@ def spoil(column: str, row: int, value: object):
         (spoil("usage", 9, -1), "row 9: usage is -1"),
         (lambda f: f.drop(index=30), "row 30: gap in the trajectory of bus 100: period 31 comes"),
         (lambda f: pd.concat([f.iloc[:30], f.iloc[60:], f.iloc[30:60]]), "row 2370: bus 100 goes"),
+        (lambda f: f.sample(frac=1, random_state=0), "Sort the rows by bus and period"),
         (lambda f: f[f["period"] == 0], "one month only"),
         (lambda f: f.assign(replace=1), "column replace is never 0 in rows 0 to 2399"),
     ],

@@ -157,6 +157,8 @@ def test_moves_in_a_grid_cost_as_told():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda m: m.sample(-1, seed=0), "n is -1: it must be at least 1"),
+        (lambda m: m.sample_trajectories(1, 0, seed=0), "length is 0"),
         (lambda m: m.sample(3, seed=0, law=np.full((2, 1), 0.4)), "law sums to 0.8"),
         (lambda m: m.sample(3, seed=0, law=np.ones(2)), "law has shape"),
         (lambda m: m.sample_trajectories(1, 1, seed=0, policy=[[1.0], [2.0]]), "in state 1"),
@@ -165,7 +167,7 @@ def test_moves_in_a_grid_cost_as_told():
         (lambda m: m.sample_trajectories(1, 1, seed=0, initial=[1.0]), "initial has shape"),
     ],
 )
-def test_what_is_no_probability_is_not_drawn_from(call, message):
+def test_what_cannot_be_drawn_from_is_refused(call, message):
     model = TabularMDP(np.full((2, 1, 2), 0.5), np.zeros((2, 1)), 0.9)
     with pytest.raises(ValueError, match=message):
         call(model)

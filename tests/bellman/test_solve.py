@@ -53,6 +53,13 @@ def test_value_iteration_reaches_1e_10_at_a_discount_of_0_9999():
     assert np.abs(found.q - exact.q).max() <= 2e-10 / (1 - 0.9999)
 
 
+def test_values_are_nearer_than_their_residual_tells():
+    """The part of the last change that all states share goes into the result too."""
+    model = MODELS["random"](0.99)
+    found, exact = model.soft_value_iteration(1e-10), model.soft_policy_iteration(1e-13)
+    assert np.abs(found.q - exact.q).max() <= 1e-9 < 1e-10 / (1 - 0.99)
+
+
 def test_one_state_in_closed_form():
     """One state, two actions of reward r: V = r + log 2 + b V."""
     model = TabularMDP(np.ones((1, 2, 1)), [[0.3, 0.3]], 0.9)
