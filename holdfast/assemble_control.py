@@ -93,7 +93,7 @@ def assemble_control(
     _check_sizes(read, environments)
     for name in read:
         for worlds in environments.values():
-            read[name] = validate(read[name], worlds, clip=True, allow_cut=True)
+            read[name] = _clipped(name, read[name], worlds, say)
     train = {
         name: replace(found, episodes=found.episodes[given[name].held_out + given[name].probe :])
         for name, found in read.items()
@@ -166,6 +166,20 @@ def _demonstrations(name: str, data: schema.DemonstrationSpec, say: Say) -> Demo
     say(f"{name}: {len(episodes) - kept} demonstrations of {data.path} to train on")
     used = Demonstrations(episodes, found.source, found.environment, found.details)
     return validate(used, allow_cut=data.allow_cut)
+
+
+def _clipped(
+    name: str, given: Demonstrations, worlds: VectorEnvironment, say: Say
+) -> Demonstrations:
+    """Actions as the environment would have clipped them, which is said where it changes any."""
+    fitted = validate(given, worlds, clip=True, allow_cut=True)
+    beyond = ~np.isclose(fitted.actions, given.actions, rtol=1e-4, atol=1e-4)
+    if beyond.any():
+        share = beyond.any(axis=1).mean()
+        say(
+            f"{name}: {share:.1%} of the demonstrated actions are clipped to {worlds.name}'s bounds"
+        )
+    return fitted
 
 
 def _environments(

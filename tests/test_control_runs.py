@@ -483,6 +483,23 @@ def test_episodes_that_were_cut_are_learnt_from_where_that_is_allowed(write, tmp
             runs.train(recipe)
 
 
+def test_actions_out_of_bounds_are_clipped_and_it_is_said(write, tmp_path, demos):
+    found = read_demonstrations(demos)
+    first, *others = found.episodes
+    loud = replace(found, episodes=(*others, replace(first, actions=3 * first.actions)))
+    write_demonstrations(loud, tmp_path / "loud.npz")
+    beyond = (abs(loud.actions) > 1.001).any(axis=1).mean()
+    for file, expected in (("demos.npz", False), ("loud.npz", True)):
+        imitation = {**IMITATION, "data": {"path": file}}
+        recipe = write(GAUSSIAN, INTERLEAVE, {"il": imitation, "rl": RL})
+        said = []
+        policy, _, _ = assemble_control(recipe, accelerator_for(recipe, tmp_path), said.append)
+        told = [line for line in said if "clipped" in line]
+        assert bool(told) == expected
+        assert policy.actor.actions.high.max() <= 1.001
+    assert told == [f"il: {beyond:.1%} of the demonstrated actions are clipped to {NAME}'s bounds"]
+
+
 def test_environments_are_made_when_they_are_used(write, demos, monkeypatch):
     """One set to train in; one more for all evaluations, once there is one."""
     made = []
