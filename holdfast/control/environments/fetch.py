@@ -22,11 +22,7 @@ _OPEN, _CLOSED = 1.0, -1.0
 def register(name: str) -> None:
     """Make the Fetch tasks known to Gymnasium."""
     gymnasium = require("gymnasium", name)
-    robotics = require(
-        "gymnasium_robotics",
-        name,
-        install="pip install gymnasium-robotics 'mujoco==3.3.0'",
-    )
+    robotics = require("gymnasium_robotics", name)
     gymnasium.register_envs(robotics)
 
 
