@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
-from scipy.sparse.linalg import splu
 
 from holdfast.bellman.mdp import TabularMDP, probabilities
+from holdfast.bellman.solve import discounted
 
 Array = NDArray[np.float64]
 
@@ -107,10 +107,12 @@ def inverse_values(
     earned = np.where(live, known - logs[states, anchor], 0.0)
     if sparse.issparse(moves):
         mask = sparse.diags_array(live.astype(np.float64))
-        system = sparse.eye_array(model.states) - discount * (mask @ moves @ mask)
-        v = splu(system.tocsc()).solve(earned)
+        moves = mask @ moves @ mask
     else:
-        v = np.linalg.solve(np.eye(model.states) - discount * np.outer(live, live) * moves, earned)
+        moves = np.outer(live, live) * moves
+    v = discounted(moves, discount, earned)
+    # Once more for what is left: the sparse solution is iterative.
+    v = v + discounted(moves, discount, earned - v + discount * (moves @ v))
     return np.where(live[:, None], v[:, None] + logs, 0.0), v
 
 

@@ -146,10 +146,15 @@ def chain(mdp: TabularMDP, policy: Array) -> Any:
 
 def _evaluate(mdp: TabularMDP, policy: Array, rewards: Array) -> Array:
     """``(I - discount P_policy)^-1 rewards``, ``(states,)``."""
-    moves = chain(mdp, policy)
+    return discounted(chain(mdp, policy), mdp.discount, rewards)
+
+
+def discounted(moves: Any, discount: float, rewards: Array) -> Array:
+    """``(I - discount moves)^-1 rewards``, ``(states,)``: to 1e-10 of ``rewards`` if sparse."""
+    states = len(rewards)
     if not sparse.issparse(moves):
-        return np.linalg.solve(np.eye(mdp.states) - mdp.discount * moves, rewards)
-    system = (sparse.eye_array(mdp.states) - mdp.discount * moves).tocsc()
+        return np.linalg.solve(np.eye(states) - discount * moves, rewards)
+    system = (sparse.eye_array(states) - discount * moves).tocsc()
     # Factors of a random sparse chain fill memory; its Krylov solution takes a few products.
     found, failed = bicgstab(system, rewards, rtol=1e-10, maxiter=500)
     return splu(system).solve(rewards) if failed else found

@@ -26,6 +26,14 @@ def test_the_anchor_may_differ_by_state_and_the_model_be_sparse():
     np.testing.assert_allclose(found, model.rewards, atol=1e-8)
 
 
+def test_a_large_sparse_model_is_inverted_to_rounding():
+    """Factors of its system would fill gigabytes."""
+    model = TabularMDP.random(20_000, 2, 0.99, seed=4, successors=4)
+    policy = model.soft_value_iteration(1e-13).policy
+    found = inverse_reward(policy, model.transitions, 1, model.rewards[:, 1], 0.99)
+    np.testing.assert_allclose(found, model.rewards, atol=1e-12)
+
+
 def test_terminal_states_have_no_reward():
     model = TabularMDP.gridworld(3, 3, 0.9)
     policy = model.soft_policy_iteration().policy
