@@ -3,6 +3,7 @@
 from holdfast.bellman.bus import nfxp, nfxp_shift
 from holdfast.bellman.draws import CoverageError
 from holdfast.bellman.estimators.replaced import ParameterShift, parameter_shift
+from holdfast.bellman.files import read_transitions
 from holdfast.bellman.generalization import GeneralizationResult, measure_generalization
 from holdfast.bellman.influence import Influence, measure_influence, rank_influence
 from holdfast.bellman.inverse import inverse_reward, inverse_values
@@ -65,6 +66,7 @@ __all__ = [
     "nfxp_shift",
     "parameter_shift",
     "rank_influence",
+    "read_transitions",
     "recovered_reward",
     "saddle_of_values",
     "saddle_point",

@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 
-from holdfast.bellman.estimators.ccp import choice_shares, conditional_choice_probabilities
-from holdfast.bellman.estimators.choice_model import ChoiceModel
-from holdfast.bellman.estimators.maxent import Flow, maximum_entropy_irl
-from holdfast.bellman.estimators.nfxp import nested_fixed_point
-from holdfast.bellman.inverse import inverse_reward
-from holdfast.bellman.mdp import TabularMDP
+from holdfast.bellman import TabularMDP, inverse_reward
+from holdfast.bellman.estimators import (
+    ChoiceModel,
+    Flow,
+    choice_shares,
+    conditional_choice_probabilities,
+    maximum_entropy_irl,
+    nested_fixed_point,
+)
 
 STATES, ACTIONS, ANCHOR = 4, 3, 1
 
