@@ -14,7 +14,7 @@ from holdfast.bellman.networks import Tables
 from holdfast.bellman.problem import Batch, SaddleProblem
 from holdfast.bellman.sgda import Sgda, descend_ascend
 from holdfast.bellman.solve import soft_policy, soft_value
-from holdfast.bellman.stability import default_settings, fit_slope, planned
+from holdfast.bellman.stability import check_settings, default_settings, fit_slope, planned
 from holdfast.bellman.transitions import Transitions
 
 Array = NDArray[np.float64]
@@ -130,6 +130,13 @@ def measure_generalization(
         For each size.
     ball : float
         Radius for the weak gap, positive.
+
+    Raises
+    ------
+    ValueError
+        For numbers out of range, or data in which some pair stays too rare.
+    TrainingError
+        If the setting leaves the saddle, or a run diverged.
     """
     if len(set(sizes)) < 2 or datasets < 2:
         raise ValueError(f"sizes is {tuple(sizes)}, datasets {datasets}: two or more of each")
@@ -165,6 +172,8 @@ def measure_generalization(
     for n in sizes:
         drawn = [covered_dataset(draw, n, tables, pool, rng)[0] for _ in range(datasets)]
         problem = SaddleProblem(drawn[0], model.discount, tables)
+        if settings is not None:
+            check_settings(problem, settings)
         chosen = planned(settings or default_settings(problem), n, passes, max_steps)
         steps.append(chosen.steps)
         found = descend_ascend(

@@ -17,6 +17,7 @@ from holdfast.bellman.mdp import TabularMDP
 from holdfast.bellman.networks import Approximator, Linear, Tables
 from holdfast.bellman.problem import Batch, SaddleProblem
 from holdfast.bellman.sgda import (
+    CERTIFIED_SIZE,
     DIVERGED,
     Constant,
     Harmonic,
@@ -189,6 +190,8 @@ def measure_stability(
                 further, _ = draw(max(sizes), np.random.default_rng([seed, 1]))
                 start = level_start(problem.with_transitions(further))
         else:
+            if not may_diverge:
+                check_settings(problem, settings)
             chosen = planned(settings, n, passes, max_steps)
         steps.append(chosen.steps)
         run_seed = int(rng.integers(2**31))
@@ -314,6 +317,23 @@ def default_settings(problem: SaddleProblem) -> Sgda:
         problem.discount, STEP_RATIO, margin.margin, curvature=row_curvature(problem, STEP_RATIO)
     )
     return Sgda(steps=1, step=step, step_ratio=STEP_RATIO)
+
+
+def check_settings(problem: SaddleProblem, settings: Sgda) -> None:
+    """Refuse a ratio with which plain steps leave the saddle, for up to 400 parameters.
+
+    Where that is slow, runs end before any number tells that they are on their way out.
+
+    Raises
+    ------
+    TrainingError
+        With the reason, and a ratio that works.
+    """
+    functions = problem.approximator
+    if not isinstance(functions, Tables | Linear):
+        return
+    if sum(each.numel() for each in functions.initial()) <= CERTIFIED_SIZE:
+        stability_margin(problem, settings.step_ratio).check()
 
 
 def planned(settings: Sgda, n: int, passes: float, max_steps: int) -> Sgda:

@@ -18,6 +18,7 @@ from holdfast.bellman.generalization import (
     weak_gap,
 )
 from holdfast.bellman.solve import soft_value
+from holdfast.errors import TrainingError
 
 MODEL = TabularMDP.random(2, 2, 0.5, seed=0)
 LAW = np.full((2, 2), 0.25)
@@ -84,6 +85,13 @@ def test_the_weak_gap_of_a_point_is_that_of_a_constrained_solver(discount):
     ).fun
     found = weak_gap(model, q[None], zeta[None], LAW, 1.0, steps=2000)
     assert found == pytest.approx(primal_risk(model, q, LAW) - least, rel=1e-4)
+
+
+def test_a_ratio_that_leaves_the_saddle_is_refused():
+    common = Sgda(steps=1, step=Harmonic(40.0, 75.0), step_ratio=1.0)
+    model = TabularMDP.random(3, 2, 0.95, seed=1)
+    with pytest.raises(TrainingError, match="set step_ratio to 1.25 or more"):
+        measure_generalization(model, sizes=(64, 128), datasets=2, settings=common)
 
 
 def test_bad_numbers_are_told():

@@ -237,6 +237,17 @@ def test_runs_that_diverge_have_no_slope():
     assert not found.epsilon[0] < 1e9
 
 
+def test_a_ratio_that_leaves_the_saddle_is_refused():
+    """Too slowly for any number to show it: runs stay small and end far from their saddles."""
+    model = TabularMDP.random(3, 2, 0.95, seed=1)
+    common = Sgda(steps=1, step=Harmonic(40.0, 75.0), step_ratio=1.0)
+    options = dict(sizes=(64, 128), datasets=2, replaced=2, settings=common)
+    with pytest.raises(TrainingError, match="leaves the saddle.*set step_ratio to 1.25 or more"):
+        measure_stability(model, **options)
+    found = measure_stability(model, may_diverge=True, **options)
+    assert (found.optimisation_error > 100).all() and (found.distance < 1e9).all()
+
+
 def test_data_sets_drawn_again_are_counted(monkeypatch):
     def seldom(draw, n, approximator, source, rng):
         return (*draw(n, rng), 3)
