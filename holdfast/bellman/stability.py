@@ -102,7 +102,7 @@ class StabilityResult:
 
 
 def measure_stability(
-    source: TabularMDP | Transitions,
+    source: TabularMDP | Transitions | SaddleProblem,
     *,
     discount: float | None = None,
     sizes: Sequence[int] = (64, 128, 256, 512),
@@ -126,9 +126,10 @@ def measure_stability(
 
     Parameters
     ----------
-    source : TabularMDP or Transitions
+    source : TabularMDP, Transitions or SaddleProblem
         What data are drawn from: a model (choices at random; those of the soft-optimal policy with
-        an anchor), or a user's own rows: each data set takes some, and replacements are others.
+        an anchor), or a user's own rows: each data set takes some, and replacements are others. A
+        problem gives its rows, and its discount, functions, anchor and weight for those below.
     discount : float, optional
         In [0, 1). By default that of the model.
     sizes : sequence of int
@@ -168,6 +169,10 @@ def measure_stability(
         raise ValueError(f"sizes is {tuple(sizes)}: a slope needs two or more different ones")
     if datasets < 2 or replaced < 1:
         raise ValueError(f"datasets is {datasets} and replaced {replaced}: at least 2, and 1")
+    if isinstance(source, SaddleProblem):
+        discount, approximator = source.discount, source.approximator
+        anchor_action, weight = source.anchor_action, source.weight
+        source = source.transitions
     if discount is None:
         if not isinstance(source, TabularMDP):
             raise ValueError("discount must be given with transitions")
@@ -224,7 +229,7 @@ def measure_stability(
 
 
 def measure_controls(
-    source: TabularMDP | Transitions, settings: Sgda, **options: Any
+    source: TabularMDP | Transitions | SaddleProblem, settings: Sgda, **options: Any
 ) -> dict[str, StabilityResult]:
     """The measurement beside those that must not look like it.
 

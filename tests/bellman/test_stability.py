@@ -237,6 +237,14 @@ def test_runs_that_diverge_have_no_slope():
     assert not found.epsilon[0] < 1e9
 
 
+def test_a_problem_stands_for_its_rows_and_numbers():
+    rows = MODEL.sample_trajectories(40, 10, seed=0)
+    problem = SaddleProblem.tabular(rows, 0.4, anchor_action=1, weight=2.0)
+    options = dict(sizes=(50, 100), datasets=2, replaced=2, passes=1, settings=STEP)
+    plain = measure_stability(rows, discount=0.4, anchor_action=1, weight=2.0, **options)
+    np.testing.assert_array_equal(measure_stability(problem, **options).distance, plain.distance)
+
+
 def test_a_ratio_that_leaves_the_saddle_is_refused():
     """Too slowly for any number to show it: runs stay small and end far from their saddles."""
     model = TabularMDP.random(3, 2, 0.95, seed=1)
