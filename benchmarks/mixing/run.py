@@ -36,7 +36,7 @@ def optima_of(cells: Cells) -> dict[str, float]:
     return {
         objective: min(
             float(np.mean([min(run[objective]) for run in _runs(cells, method, rate)]))
-            for rate in study.RATES
+            for rate in study.SINGLE_RATES
         )
         for method, objective in (("sft", "sft"), ("rl", "rl"))
     }
