@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -172,9 +171,11 @@ def observation_features(normalizer: Normalizer, observations: Tensor) -> Tensor
     observations : Tensor
         ``(batch, history, size)``, in raw units.
     """
-    values = normalizer.normalize(observations)
-    limit = torch.where(normalizer.changes_nothing, math.inf, OBSERVATION_LIMIT)
-    return values.clamp(-limit, limit).flatten(1)
+    if normalizer.changes_nothing:
+        return observations.flatten(1)
+    return (
+        normalizer.normalize(observations).clamp(-OBSERVATION_LIMIT, OBSERVATION_LIMIT).flatten(1)
+    )
 
 
 def check_sizes(**sizes: int) -> None:

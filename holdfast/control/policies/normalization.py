@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 RANGE_FLOOR = 1e-2
 """Default of the smallest range, in raw units, that is stretched to [-1, 1]."""
+
+
+class _Units(NamedTuple):
+    """What follows from the bounds, and the bounds it follows from."""
+
+    low: Tensor
+    high: Tensor
+    versions: tuple[int, int]
+    middle: Tensor
+    half: Tensor
+    identity: bool
 
 
 class Normalizer(nn.Module):
@@ -42,6 +54,7 @@ class Normalizer(nn.Module):
             raise ValueError("low and high must be finite, and low below high in every dimension")
         self.register_buffer("low", low.detach().clone().float())
         self.register_buffer("high", high.detach().clone().float())
+        self._known: _Units | None = None
 
     @classmethod
     def identity(cls, size: int) -> Normalizer:
@@ -91,20 +104,38 @@ class Normalizer(nn.Module):
         """Dimensions of a value."""
         return len(self.low)
 
+    def _units(self) -> _Units:
+        """Computed once: a policy acts every few hundred microseconds."""
+        low, high, known = self.low, self.high, self._known
+        versions = (low._version, high._version)
+        if (
+            known is None
+            or known.low is not low
+            or known.high is not high
+            or known.versions != versions
+        ):
+            identity = bool(((low == -1) & (high == 1)).all())
+            known = _Units(low, high, versions, (low + high) / 2, (high - low) / 2, identity)
+            self._known = known
+        return known
+
     @property
-    def changes_nothing(self) -> Tensor:
-        """``()``, bool: whether this is :meth:`identity`."""
-        return ((self.low == -1) & (self.high == 1)).all()
+    def changes_nothing(self) -> bool:
+        """Whether this is :meth:`identity`."""
+        return self._units().identity
 
     @property
     def scale(self) -> Tensor:
         """``(size,)``: raw units in one normalised unit."""
-        return (self.high - self.low) / 2
+        return self._units().half
 
     def normalize(self, values: Tensor) -> Tensor:
         """From raw units, ``(..., size)``. Values beyond the bounds leave [-1, 1]."""
-        return (values - (self.low + self.high) / 2) / self.scale
+        units = self._units()
+        return values if units.identity else (values - units.middle) / units.half
 
     def denormalize(self, values: Tensor) -> Tensor:
         """The inverse of :meth:`normalize`."""
-        return values * self.scale + (self.low + self.high) / 2
+        units = self._units()
+        # A copy: who is given actions may write into them.
+        return values.clone() if units.identity else values * units.half + units.middle

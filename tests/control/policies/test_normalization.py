@@ -1,3 +1,4 @@
+import copy
 import math
 
 import pytest
@@ -101,3 +102,24 @@ def test_observations_are_clipped_where_bounds_were_fitted_and_only_there(value)
     assert observation_features(fitted, seen).item() == pytest.approx(
         max(-5.0, min(5.0, value / 2)), rel=1e-5, abs=1e-6
     )
+
+
+def test_bounds_that_are_loaded_written_or_converted_count_at_once():
+    normalizer = Normalizer.identity(1)
+    two = torch.tensor([2.0])
+    assert normalizer.normalize(two) == 2.0 and normalizer.changes_nothing
+    normalizer.load_state_dict(Normalizer(torch.tensor([0.0]), torch.tensor([4.0])).state_dict())
+    assert normalizer.normalize(two) == 0.0 and not normalizer.changes_nothing
+    with torch.no_grad():
+        normalizer.low.fill_(-4.0)
+    assert normalizer.normalize(two) == 0.5 and normalizer.scale == 4.0
+    assert normalizer.double().normalize(two).dtype == torch.float64
+    copied = copy.deepcopy(normalizer)
+    copied.low.fill_(0.0)
+    assert copied.normalize(two) == 0.0 and normalizer.normalize(two) == 0.5
+
+
+def test_what_is_not_scaled_is_not_shared_with_who_acts_on_it():
+    chunk = torch.zeros(1, 1, 1)
+    Normalizer.identity(1).denormalize(chunk).fill_(1.0)
+    assert chunk == 0.0
