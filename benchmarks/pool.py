@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.results import Results
+
+
+def arguments(about: str | None, *, jobs: int = 2) -> argparse.ArgumentParser:
+    """What every study of cells is asked on its command line."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--jobs", type=int, default=jobs, help="runs at a time, one core each")
+    parser.add_argument("--minutes", type=float, default=600, help="start no run after this")
+    parser.add_argument("--fresh", action="store_true", help="forget every finished cell")
+    parser.add_argument("--plot", action="store_true", help="only draw what is there")
+    return parser
 
 
 def run_jobs(

@@ -7,7 +7,6 @@ draws what is there.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -24,7 +23,7 @@ from benchmarks.arithmetic import study
 from benchmarks.arithmetic.analysis import analyse, chosen_strengths, finalists
 from benchmarks.arithmetic.prepare import HERE, RUNS, teacher
 from benchmarks.arithmetic.study import Cell
-from benchmarks.pool import run_jobs
+from benchmarks.pool import arguments, run_jobs
 from benchmarks.results import Results
 from holdfast.assemble import assemble, build_trainer
 from holdfast.errors import TrainingError
@@ -141,12 +140,8 @@ def run_inner(results: Results, inner: int, workers: int, deadline: float) -> bo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
-    parser.add_argument("--minutes", type=float, default=600, help="start no run after this")
+    parser = arguments(__doc__)
     parser.add_argument("--inner", type=int, choices=study.INNER, action="append")
-    parser.add_argument("--fresh", action="store_true", help="forget every finished cell")
-    parser.add_argument("--plot", action="store_true", help="only draw what is there")
     options = parser.parse_args()
     results = Results(HERE / "results.json", SETTINGS, ABOUT, options.fresh)
     deadline = time.monotonic() + 60 * options.minutes

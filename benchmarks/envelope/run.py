@@ -7,7 +7,6 @@ what is there.
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Iterable
@@ -22,7 +21,7 @@ from benchmarks.arithmetic.study import GROUP, ROLLOUTS
 from benchmarks.envelope import study
 from benchmarks.envelope.analysis import analyse, chosen_options, edges, table
 from benchmarks.envelope.study import Cell
-from benchmarks.pool import run_jobs
+from benchmarks.pool import arguments, run_jobs
 from benchmarks.results import Results
 
 HERE = Path(__file__).parent
@@ -67,11 +66,7 @@ def run_all(results: Results, workers: int, deadline: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
-    parser.add_argument("--minutes", type=float, default=600, help="start no run after this")
-    parser.add_argument("--fresh", action="store_true", help="forget every finished cell")
-    parser.add_argument("--plot", action="store_true", help="only draw what is there")
+    parser = arguments(__doc__)
     options = parser.parse_args()
     results = Results(HERE / "results.json", SETTINGS, ABOUT, options.fresh)
     if not options.plot:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import random
@@ -28,7 +27,7 @@ from accelerate import Accelerator
 from matplotlib import pyplot as plt
 
 from benchmarks.arithmetic.prepare import COPIES, SLIPS, calculator, slip, sums
-from benchmarks.pool import run_jobs
+from benchmarks.pool import arguments, run_jobs
 from benchmarks.results import Results, bootstrap_interval
 from holdfast.assemble import assemble, build_trainer
 from holdfast.joint.record import Recorder
@@ -305,11 +304,7 @@ def analyse(cells: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
-    parser.add_argument("--minutes", type=float, default=600, help="start no run after this")
-    parser.add_argument("--fresh", action="store_true", help="forget every finished cell")
-    parser.add_argument("--plot", action="store_true", help="only draw what is there")
+    parser = arguments(__doc__)
     options = parser.parse_args()
     results = Results(HERE / "results.json", SETTINGS, ABOUT, options.fresh)
     cells = results.content["cells"]

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from functools import partial
@@ -21,7 +20,7 @@ from benchmarks.bellman.peers import ask_peer, interpreter, peer_versions
 from benchmarks.gym_irl import study
 from benchmarks.gym_irl.analysis import HERE, analyse, draw, table
 from benchmarks.gym_irl.expert import TASKS, expert, play
-from benchmarks.pool import run_jobs
+from benchmarks.pool import arguments, run_jobs
 from benchmarks.results import Results
 
 PEER_TASK = "CartPole-v1"
@@ -77,11 +76,7 @@ def peer_run(episodes: int, seed: int) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each")
-    parser.add_argument("--minutes", type=float, default=600, help="start no run after this")
-    parser.add_argument("--fresh", action="store_true", help="forget every finished cell")
-    parser.add_argument("--plot", action="store_true", help="only draw what is there")
+    parser = arguments(__doc__, jobs=1)
     options = parser.parse_args()
     torch.set_num_threads(1)
     results = Results(HERE / "results.json", SETTINGS, ABOUT, options.fresh)

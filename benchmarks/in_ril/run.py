@@ -7,7 +7,6 @@ draws what is there.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import time
@@ -27,7 +26,7 @@ from benchmarks.in_ril.analysis import analyse, chosen_rate, chosen_ratio, chose
 from benchmarks.in_ril.prepare import HERE, RUNS, base, demonstrations
 from benchmarks.in_ril.study import Cell
 from benchmarks.in_ril.tasks import TASKS, Task
-from benchmarks.pool import run_jobs
+from benchmarks.pool import arguments, run_jobs
 from benchmarks.results import Results
 from holdfast.assemble import assemble, build_trainer
 from holdfast.control.replay import ReplaySource
@@ -196,12 +195,8 @@ def run_task(results: Results, task: Task, workers: int, deadline: float) -> boo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = arguments(__doc__)
     parser.add_argument("--task", choices=list(TASKS), action="append", help="default: all")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
-    parser.add_argument("--minutes", type=float, default=600, help="start no run after this")
-    parser.add_argument("--fresh", action="store_true", help="forget every finished cell")
-    parser.add_argument("--plot", action="store_true", help="only draw what is there")
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
     for name in options.task or TASKS:

@@ -7,7 +7,6 @@ only draws what is there.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from benchmarks.joint_sft_dpo import study
 from benchmarks.joint_sft_dpo.analysis import Tuned, analyse, optima, tuned
 from benchmarks.joint_sft_dpo.prepare import HERE, RUNS, pretrained
 from benchmarks.joint_sft_dpo.study import Cell
-from benchmarks.pool import run_jobs
+from benchmarks.pool import arguments, run_jobs
 from benchmarks.results import Results
 from holdfast.assemble import assemble, build_trainer
 from holdfast.joint import Objective
@@ -147,12 +146,8 @@ def run_mode(results: Results, mode: str, workers: int, deadline: float) -> bool
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
-    parser.add_argument("--minutes", type=float, default=600, help="start no run after this")
+    parser = arguments(__doc__)
     parser.add_argument("--mode", choices=study.MODES, action="append")
-    parser.add_argument("--fresh", action="store_true", help="forget every finished cell")
-    parser.add_argument("--plot", action="store_true", help="only draw what is there")
     options = parser.parse_args()
     results = Results(HERE / "results.json", SETTINGS, ABOUT, options.fresh)
     deadline = time.monotonic() + 60 * options.minutes

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,7 +23,7 @@ from matplotlib import pyplot as plt
 
 from benchmarks.arithmetic.prepare import base
 from benchmarks.lr_spike.spikes import FACTOR, LENGTHS, Cell, run_cell
-from benchmarks.pool import run_jobs
+from benchmarks.pool import arguments, run_jobs
 from benchmarks.results import Results, bootstrap_interval
 
 HERE = Path(__file__).parent
@@ -151,11 +150,7 @@ def table(tables: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
-    parser.add_argument("--minutes", type=float, default=600, help="start no run after this")
-    parser.add_argument("--fresh", action="store_true", help="forget every finished cell")
-    parser.add_argument("--plot", action="store_true", help="only draw what is there")
+    parser = arguments(__doc__)
     options = parser.parse_args()
     results = Results(
         HERE / "results.json",

@@ -6,14 +6,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one run a core, one thread a run
 
-from benchmarks.pool import run_jobs
+from benchmarks.pool import arguments, run_jobs
 from benchmarks.results import Results
 from benchmarks.simulated_bus import study
 from benchmarks.simulated_bus.analysis import HERE, analyse, draw, table
@@ -44,11 +43,7 @@ def _told(values: dict[str, float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one core each")
-    parser.add_argument("--minutes", type=float, default=600, help="start no run after this")
-    parser.add_argument("--fresh", action="store_true", help="forget every finished cell")
-    parser.add_argument("--plot", action="store_true", help="only draw what is there")
+    parser = arguments(__doc__, jobs=1)
     options = parser.parse_args()
     results = Results(HERE / "results.json", SETTINGS, ABOUT, options.fresh)
     cells = results.content["cells"]
