@@ -67,9 +67,10 @@ class Collector:
         behaviour = self.policy.behaviour
         training = self.policy.training
         self.policy.eval()
+        device = self.policy.device
         for _ in range(steps):
             observations = torch.from_numpy(self._observations)
-            decision = behaviour.act(observations.to(self.policy.device), self._generator)
+            decision = behaviour.act(observations.to(device), self._generator)
             chunks = decision.actions.cpu().numpy()
             step = environments.step(chunks)
             seen.append(observations.clone())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -101,6 +101,9 @@ class EnvironmentRollouts:
         self._values = ValueNormalizer()
         self._scale = RunningScale(environments.count, discount=options.discount)
         self._rollouts: Table | None = None
+        self._shuffled: int | None = None
+        self._parts: Sequence[Tensor] = ()
+        """Rows of each update of a pass, and what that pass was shuffled by."""
 
     @property
     def environment_steps(self) -> int:
@@ -130,18 +133,19 @@ class EnvironmentRollouts:
             self.used = 0
         parts = math.ceil(self.rows / self.options.batch_size)
         epoch, part = divmod(self.used, parts)
-        order = torch.Generator().manual_seed(hash((self.seed, self.round, epoch)) & (2**62 - 1))
-        # Nearly equal parts: a few rows that are left over do not get a whole step of their own.
-        indices = torch.randperm(self.rows, generator=order).tensor_split(parts)[part]
+        seed = hash((self.seed, self.round, epoch)) & (2**62 - 1)
+        if seed != self._shuffled:
+            order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(seed))
+            # Nearly equal parts: a few rows left over do not get a whole step of their own.
+            self._shuffled, self._parts = seed, order.tensor_split(parts)
+        indices = self._parts[part]
         self.used += 1
         if self._denoising:
             return _denoising_steps(self._rollouts, indices)
         rows = self._rollouts.take(indices)
         if self.options.rows == "actions":
-            # The generator has drawn the order, which depends on all that a resumed run knows but
-            # the part.
-            order.manual_seed(order.initial_seed() + 1 + part)
-            rows.columns.update(draw_noise(self.policy.actor, len(rows), order))
+            noise = torch.Generator().manual_seed(seed + 1 + part)
+            rows.columns.update(draw_noise(self.policy.actor, len(rows), noise))
         return rows
 
     def observe(self, approx_kl: float) -> None:

@@ -31,7 +31,7 @@ class Table(Sequence["Table"]):
         columns: Mapping[str, Tensor],
         facts: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
-        sizes = {len(column) for column in columns.values()}
+        sizes = {column.shape[0] for column in columns.values()}
         if len(sizes) != 1:
             raise ValueError(
                 f"columns have {sorted(sizes)} rows: every one must have as many as the others"
@@ -63,6 +63,9 @@ class Table(Sequence["Table"]):
         return Table({name: column[indices] for name, column in self.columns.items()}, self.facts)
 
     def to(self, device: torch.device) -> Table:
+        """On ``device``: this table itself, if it is there already."""
+        if all(column.device == device for column in self.columns.values()):
+            return self
         return Table({name: column.to(device) for name, column in self.columns.items()}, self.facts)
 
     def metrics(self) -> dict[str, Tensor]:
