@@ -399,9 +399,9 @@ class VllmGenerator:
 def _left_padded(prompts: Sequence[np.ndarray], pad_id: int) -> tuple[Tensor, Tensor]:
     """Prompts as one batch that ends where the completions begin: ids and attention mask."""
     width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad_id, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
+    ids = np.full((len(prompts), width), pad_id, dtype=np.int64)
+    mask = np.zeros_like(ids)
     for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.as_tensor(np.asarray(prompt, dtype=np.int64))
+        ids[row, width - len(prompt) :] = prompt
         mask[row, width - len(prompt) :] = 1
-    return ids, mask
+    return torch.from_numpy(ids), torch.from_numpy(mask)
