@@ -2,6 +2,7 @@
 
 import builtins
 import math
+import sys
 
 import pytest
 import torch
@@ -126,6 +127,14 @@ def test_a_zero_gradient_and_opposite_gradients_give_finite_results(method):
         if method in ("nashmtl", "fairgrad") and [0.0, 0.0] in matrix:
             continue  # Their shares divide by the norm of each gradient.
         assert combine(torch.tensor(matrix, dtype=torch.float64), method).isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_that_all_vanish_give_none_and_a_single_one_is_itself(method, monkeypatch):
+    assert not combine(torch.zeros(3, 4), method).any()
+    monkeypatch.setitem(sys.modules, "torchjd", None)  # nor is it needed for them
+    alone = torch.tensor([[1.0, -2.0]])
+    assert torch.equal(combine(alone, method), alone[0])
 
 
 @pytest.mark.parametrize("method", OF_TWO)

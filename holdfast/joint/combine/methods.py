@@ -78,9 +78,9 @@ def weights_of(method: str, gram: Gram) -> list[float]:
     size = len(gram)
     if not all(math.isfinite(value) for row in gram for value in row):
         return [1.0] * size
-    if method == "sum":
-        return [1.0] * size
-    if method == "mean" or size == 1:
+    if method == "sum" or size == 1 or not any(gram[i][i] > 0 for i in range(size)):
+        return [1.0] * size  # of one gradient, or of zeros, there is nothing to choose
+    if method == "mean":
         return [1.0 / size] * size
     if method == "pcgrad":
         return _pcgrad(gram)
