@@ -168,8 +168,7 @@ def assemble(
                 _demonstrations_of(name, spec, train, policy),
                 models,
                 accelerator,
-                recipe.training.seed,
-                recipe.training.learning_rate,
+                recipe.training,
             )
             digests[name] = _digest(digests[name], *models.fingerprints(), *_code_of(spec))
             continue

@@ -121,8 +121,7 @@ def on_policy_objective(
     demonstrations: Sequence[Demonstration],
     models: Models,
     accelerator: Accelerator,
-    seed: int,
-    learning_rate: float,
+    training: schema.TrainingSpec,
 ) -> Objective:
     """An objective on the policy's own completions.
 
@@ -139,9 +138,8 @@ def on_policy_objective(
         does not write.
     models : Models
     accelerator : Accelerator
-    seed : int
-    learning_rate : float
-        Of training.
+    training : TrainingSpec
+        Its seed, and the steps that a curvature mask models.
 
     Raises
     ------
@@ -161,8 +159,8 @@ def on_policy_objective(
     signals.autocast = accelerator.autocast
     guards = Guards()
     if isinstance(spec, schema.RewardedSpec):
-        guards = guards_of(spec, demonstrations, seed)
-        loss = guarded(spec, policy, signals, loss, guards, learning_rate)
+        guards = guards_of(spec, demonstrations, training.seed)
+        loss = guarded(spec, policy, signals, loss, guards, training)
     source: Source = Rollouts(
         train,
         generator,
@@ -178,7 +176,7 @@ def on_policy_objective(
             mask_truncated_completions=spec.mask_truncated_completions,
         ),
         decode=decode,
-        seed=seed,
+        seed=training.seed,
         share=_shared_by(accelerator),
         group=guards.imitation,
         inner=guards.surrogate,
@@ -186,7 +184,7 @@ def on_policy_objective(
     )
     if isinstance(spec, schema.GkdSpec) and spec.lmbda < 1:
         source = PartlyOnPolicy(
-            source, demonstrations, signals, spec.batch_size, share=spec.lmbda, seed=seed
+            source, demonstrations, signals, spec.batch_size, share=spec.lmbda, seed=training.seed
         )
 
     def heard(summary: Summary) -> float | None:

@@ -116,7 +116,7 @@ def guarded(
     signals: Signals,
     loss: PolicyGradient | Lco,
     guards: Guards,
-    learning_rate: float,
+    training: schema.TrainingSpec,
 ) -> Recorded:
     """The loss with its guards, which are put where they belong."""
     signals.filters = list(guards.filters.values())
@@ -136,7 +136,7 @@ def guarded(
         )
     guards.controllers |= penalties.controllers
     if spec.curvature_mask is not None:
-        loss.curvature = _curvature(spec.curvature_mask, policy, learning_rate)
+        loss.curvature = _curvature(spec.curvature_mask, policy, training)
         guards.controllers["curvature"] = loss.curvature
     imitation = spec.imitation if isinstance(spec, schema.ComparedSpec) else None
     among = isinstance(imitation, schema.MembersSpec | schema.SolveRateGateSpec)
@@ -160,7 +160,7 @@ def guarded(
 
 
 def _curvature(
-    spec: schema.CurvatureSpec, policy: LanguagePolicy, learning_rate: float
+    spec: schema.CurvatureSpec, policy: LanguagePolicy, training: schema.TrainingSpec
 ) -> CurvatureGuard:
     head = policy.head()
     if head.softcap is not None:
@@ -169,7 +169,7 @@ def _curvature(
             "them (soft cap): leave it out"
         )
     guard = CurvatureGuard(
-        learning_rate if spec.learning_rate is None else spec.learning_rate,
+        training.learning_rate if spec.learning_rate is None else spec.learning_rate,
         spec.objective_limit,
         spec.policy_limit,
         spec.objective_floor,
@@ -181,7 +181,9 @@ def _curvature(
                 "curvature_mask.optimizer adam follows the gradient of the output layer, which is "
                 "not trained here: use sgd"
             )
-        guard.rows = RowMoments(*head.weight.shape)
+        betas = training.adam_beta1, training.adam_beta2
+        vocab, width = head.weight.shape
+        guard.rows = RowMoments(vocab, width, betas, training.adam_epsilon)
         guard.gradient = lambda: policy.head().weight.grad
     return guard
 

@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from helpers.prompts import on_policy_values, write_on_policy
 from helpers.stopping import stopped_after
 from safetensors.torch import load_file
 
 from holdfast import run as runs
+from holdfast.assemble import assemble
 from holdfast.errors import DataError, ModelError, RecipeError
 from holdfast.recipe import load_recipe
 
@@ -271,6 +273,15 @@ def test_a_step_of_adam_cannot_be_modelled_where_the_output_layer_is_not_trained
     values["policy"]["lora"] = {"r": 2}
     with pytest.raises(ModelError, match="use sgd"):
         runs.train(load_recipe(str(write_on_policy(tmp_path, values))))
+
+
+def test_a_modelled_step_of_adam_is_that_of_training(tmp_path):
+    values = values_of(curvature_mask={"optimizer": "adam"})
+    values["training"] |= {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-5}
+    recipe = load_recipe(str(write_on_policy(tmp_path, values)))
+    guard = assemble(recipe, Accelerator(cpu=True)).objectives["rl"].loss.loss.curvature
+    assert guard.learning_rate == 0.003
+    assert (guard.rows.betas, guard.rows.epsilon) == ((0.8, 0.95), 1e-5)
 
 
 def test_critics_of_one_recipe_have_as_many_heads(tmp_path):
