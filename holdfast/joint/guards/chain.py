@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 from holdfast.joint.guards.base import Guard, Proposed, Seen, Stage, State, Trip
@@ -21,12 +22,13 @@ class Guards:
     Parameters
     ----------
     guards : sequence of Guard
-        At most one of a kind.
+        At most one of a kind; those on the gradient before those on the update. Tripwires look at
+        a turn that is over, wherever they stand.
 
     Raises
     ------
     ValueError
-        If two are of the same kind.
+        If two are of the same kind, or one on the gradient follows one on the update.
     """
 
     def __init__(self, guards: Sequence[Guard] = ()) -> None:
@@ -34,6 +36,12 @@ class Guards:
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"guards: {twice} is named twice; one of a kind is enough")
+        for before, after in pairwise(guard for guard in guards if guard.stage != "turn"):
+            if (before.stage, after.stage) == ("update", "gradient"):
+                raise ValueError(
+                    f"guards: {after.name} acts on the gradient, before the optimiser, and cannot "
+                    f"follow {before.name}, which acts on its update: put it first"
+                )
         self._guards = list(guards)
         self._states: dict[str, State] = {guard.name: guard.init() for guard in guards}
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from holdfast.joint import Mix
-from holdfast.joint.guards import GradientClip, Guards, UpdateNormCap
+from holdfast.joint.guards import GradientClip, Guards, Tripwires, UpdateNormCap
 from holdfast.joint.guards.proposed import ProposedGradient
 from holdfast.joint.trainer import Trainer, TrainerOptions
 
@@ -97,6 +97,13 @@ def test_a_clip_among_the_guards_takes_the_place_of_the_option():
 def test_two_of_a_kind_are_refused():
     with pytest.raises(ValueError, match="update_norm_cap is named twice"):
         trainer(UpdateNormCap(1.0), UpdateNormCap(2.0))
+
+
+def test_a_clip_cannot_follow_a_cap_and_tripwires_may_stand_anywhere():
+    clip, cap, wires = GradientClip(1.0), UpdateNormCap(1.0), Tripwires("stop")
+    with pytest.raises(ValueError, match="gradient_clip acts on the gradient.*update_norm_cap"):
+        Guards([cap, wires, clip])
+    Guards([wires, clip, cap])
 
 
 def test_an_update_that_is_not_finite_is_refused_and_leaves_the_parameters():
