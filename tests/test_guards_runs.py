@@ -143,6 +143,7 @@ def test_a_run_with_all_guards_resumes_bit_for_bit(tmp_path):
         ([BUDGET | {"derivative": "finite_difference"}], {"bf16": True}, "needs float32"),
         ([{"kind": "tripwires", "ratio": 2.0}], {}, "no objective of the schedule records it"),
         ([{"kind": "tripwires", "non_finite": False}], {}, "no wire is on anything"),
+        ([{"kind": "tripwires", "kl": 1.0, "patience": 4}], {}, "max_refusals is 3, which ends"),
         ([{"kind": "norm_cap", "limit": 1.0}], {}, "norm_cap"),
     ],
 )

@@ -166,19 +166,22 @@ FIXED = {  # Their other values need other entries beside them.
     "policy.tokenizer.kind",
     "schedule.weights.sft",
     "schedule.weights.dpo",
+    "combiner",
     "combiner.priority",
     "training.guards",
 }
 
 
-def full() -> dict:
+def full(combined: bool = False) -> dict:
+    """A recipe with everything in it; a combiner has its place under another schedule."""
+    kind = "mix" if combined else "maxright"
     values = recipe_values(
         policy__lora={"r": 2},
         policy__tokenizer={"kind": "bpe", "files": ["a.jsonl"], "name_or_path": "b"},
         objectives__sft__optimum="auto",
         objectives__dpo__optimum=0.5,
-        schedule={"kind": "maxright", "weights": {"sft": 0.5, "dpo": 0.5}},
-        combiner={"method": "upgrad"},
+        schedule={"kind": kind, "weights": {"sft": 0.5, "dpo": 0.5}},
+        combiner={"method": "upgrad"} if combined else None,
         training__lr_scheduler_type="linear",
         training__learning_rates={"model.norm": 0.1},
     )
@@ -212,20 +215,23 @@ def changed(value, where: str):
     return f"{value}other"
 
 
-SINGLE = [path for path, _ in leaves(full()) if ".".join(path) not in FIXED]
+LEAVES = [*leaves(full()), *leaves({"combiner": full(combined=True)["combiner"]})]
+SINGLE = [path for path, _ in LEAVES if ".".join(path) not in FIXED]
 
 
 @pytest.mark.parametrize("path", SINGLE, ids=".".join)
 def test_the_fingerprint_changes_with_everything_but_names_and_places(path):
     where = ".".join(path)
-    values = full()
+    combined = path[0] == "combiner"
+    values = full(combined)
     target = values
     for key in path[:-1]:
         target = target[key]
     target[path[-1]] = changed(target[path[-1]], where)
     other = Recipe.model_validate(values)
-    assert other != Recipe.model_validate(full())
-    same = other.fingerprint() == Recipe.model_validate(full()).fingerprint()
+    before = Recipe.model_validate(full(combined))
+    assert other != before
+    same = other.fingerprint() == before.fingerprint()
     assert same == (where in UNNUMBERED)
 
 
@@ -669,6 +675,34 @@ def test_an_interleave_that_makes_no_sense_is_refused(schedule, message, tmp_pat
 def test_a_combiner_that_makes_no_sense_is_refused_in_one_line(combiner, message, tmp_path):
     found = refusal(tmp_path, combiner=combiner)
     assert message in found and len(found.splitlines()) == 1
+
+
+HALVES = {"sft": 0.5, "dpo": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "acts"),
+    [
+        ({"kind": "alright", "weights": HALVES}, False),
+        ({"kind": "interleave", **PAIR, "ratio": 2}, False),
+        ({"kind": "interleave", **PAIR, "ratio": "inf", "combine": True}, False),
+        ({"kind": "interleave", "counts": {"sft": 1, "dpo": 2}}, False),
+        ({"kind": "adaptive_interleave", **PAIR}, False),
+        ({"kind": "sequential", "stages": [{"objective": "sft", "steps": 2}]}, False),
+        ({"kind": "mix", "weights": {"sft": 1.0, "dpo": 0.0}}, False),
+        ({"kind": "mix", "weights": HALVES}, True),
+        ({"kind": "interleave", **PAIR, "ratio": 2, "combine": True}, True),
+        ({"kind": "adaptive_interleave", **PAIR, "combine": True}, True),
+        ({"kind": "sequential", "stages": [{"weights": HALVES, "steps": 2}]}, True),
+        ({"kind": "fade", **PAIR, "steps": 4}, True),
+    ],
+)
+def test_a_combiner_that_would_never_act_is_refused(schedule, acts, tmp_path):
+    if acts:
+        assert parsed(tmp_path, schedule=schedule, combiner={}).combiner is not None
+    else:
+        found = refusal(tmp_path, schedule=schedule, combiner={})
+        assert f"combiner: does nothing: no step of schedule {schedule['kind']}" in found
 
 
 def test_what_is_not_set_leaves_the_fingerprint_alone(tmp_path):

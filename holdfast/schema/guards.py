@@ -105,6 +105,10 @@ class TripwiresSpec(Spec):
         self.guard()
         return self
 
+    def outlasts(self, max_refusals: int) -> bool:
+        """Whether so many refused steps end a run before its wire on them trips."""
+        return self.non_finite and self.patience > max_refusals
+
     def guard(self) -> Guard:
         return Tripwires(**{entry.name: getattr(self, entry.name) for entry in fields(Tripwires)})
 

@@ -31,7 +31,7 @@ from holdfast.schema.control_rl import (
     DppoSpec,
     IdqlSpec,
 )
-from holdfast.schema.guards import AnyGuard, check_kinds
+from holdfast.schema.guards import AnyGuard, TripwiresSpec, check_kinds
 from holdfast.schema.objectives import DpoSpec, NllSpec, ObjectiveSpec
 from holdfast.schema.on_policy import (
     CispoSpec,
@@ -106,6 +106,13 @@ class TrainingSpec(Spec):
         kinds = [guard.kind for guard in self.guards]
         if len(set(kinds)) < len(kinds):
             raise ValueError("guards: two are of one kind; one of a kind is enough")
+        for guard in self.guards:
+            if isinstance(guard, TripwiresSpec) and guard.outlasts(self.max_refusals):
+                raise ValueError(
+                    f"max_refusals is {self.max_refusals}, which ends the run before tripwires "
+                    f"with patience {guard.patience} act on non-finite steps: raise it, lower "
+                    "patience, or set non_finite: false"
+                )
         return self
 
 
@@ -226,6 +233,13 @@ class Recipe(Spec):
                         "policy": self.policy.kind,
                     },
                 )
+        if self.combiner is not None and not self.schedule.together:
+            raise PydanticCustomError(
+                "idle_combiner",
+                "does nothing: no step of schedule {kind} updates several objectives. Leave it "
+                "out, or use mix, fade or an interleave with combine: true",
+                {"where": "combiner", "kind": self.schedule.kind},
+            )
         priority = self.combiner.priority if self.combiner else None
         if priority is not None and priority not in self.schedule.objectives:
             raise PydanticCustomError(

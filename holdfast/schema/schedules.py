@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -19,7 +20,16 @@ from holdfast.joint.schedules import (
 from holdfast.schema.base import Spec
 
 
-class WeightedSpec(Spec):
+class ScheduleSpec(Spec):
+    """What all schedules have."""
+
+    @property
+    def together(self) -> bool:
+        """Whether some step updates several objectives, which a combiner is for."""
+        return False
+
+
+class WeightedSpec(ScheduleSpec):
     """Schedules that weigh their objectives."""
 
     weights: dict[str, float] = Field(description="one per objective, in [0, 1], summing to 1")
@@ -43,6 +53,10 @@ class MixSpec(WeightedSpec):
 
     kind: Literal["mix"] = "mix"
 
+    @property
+    def together(self) -> bool:
+        return _several(self.weights)
+
 
 class AlrightSpec(WeightedSpec):
     """One objective a step, drawn with the given probabilities (ALRIGHT)."""
@@ -59,7 +73,7 @@ class MaxrightSpec(WeightedSpec):
     smoothing: float = Field(0.0, ge=0, lt=1, description="of the losses behind the gaps")
 
 
-class PairSpec(Spec):
+class PairSpec(ScheduleSpec):
     """What interleaves of two objectives have in common."""
 
     combine: bool = Field(False, description="hold second in the turn of first as well")
@@ -76,6 +90,10 @@ class PairSpec(Spec):
         if self.every == "update":
             turns_per_unit(self.every, self.updates_per_iteration)
         return self
+
+    @property
+    def together(self) -> bool:
+        return self.combine
 
     def cycle(self, updates: int | None) -> dict[str, Any]:
         """Arguments of the schedule; ``updates`` of an iteration, where the recipe is silent."""
@@ -100,6 +118,10 @@ class InterleaveSpec(PairSpec):
         description="whether cosine, norms and gain of the two are recorded, at two copies of the "
         "trained parameters each; null: for control policies",
     )
+
+    @property
+    def together(self) -> bool:
+        return self.combine and self.ratio != "inf"
 
     @field_validator("ratio", mode="plain")
     @classmethod
@@ -181,7 +203,7 @@ class AdaptiveInterleaveSpec(PairSpec):
         return "first" if objective == self.first else "second"
 
 
-class FadeSpec(Spec):
+class FadeSpec(ScheduleSpec):
     """Two objectives in every step; the weight of the first changes (CHORD)."""
 
     kind: Literal["fade"] = "fade"
@@ -197,6 +219,10 @@ class FadeSpec(Spec):
     def _two(self) -> Self:
         self.prior()
         return self
+
+    @property
+    def together(self) -> bool:
+        return True
 
     def prior(self) -> Fade:
         options = set(FadeSpec.model_fields) - {"kind"}
@@ -257,11 +283,15 @@ class StageSpec(Spec):
         return Stage(weights, self.steps, self.loss_below, self.check_every)
 
 
-class SequentialSpec(Spec):
+class SequentialSpec(ScheduleSpec):
     """Stages one after another."""
 
     kind: Literal["sequential"] = "sequential"
     stages: tuple[StageSpec, ...]
+
+    @property
+    def together(self) -> bool:
+        return any(_several(stage.stage().weights) for stage in self.stages)
 
     @field_validator("stages")
     @classmethod
@@ -278,3 +308,7 @@ class SequentialSpec(Spec):
         """The entry that names an objective."""
         naming = (i for i, s in enumerate(self.stages) if objective in s.stage().weights)
         return f"stages.{next(naming)}"
+
+
+def _several(weights: Mapping[str, float]) -> bool:
+    return sum(weight > 0 for weight in weights.values()) > 1
