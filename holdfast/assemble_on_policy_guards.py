@@ -123,6 +123,8 @@ def guarded(
     penalties = loss.penalties
     if isinstance(spec.kl_control, schema.SafeKlSpec):
         penalties.kl = SafeKL(**spec.kl_control.model_dump(exclude={"kind"}))
+    elif isinstance(spec.kl_control, schema.FixedKlSpec):
+        penalties.beta = spec.kl_control.coefficient
     elif spec.kl_control is not None:
         penalties.kl = AdaptiveKl(**spec.kl_control.model_dump(exclude={"kind"}))
     penalties.entropy_coef = spec.entropy_coef

@@ -90,6 +90,7 @@ ON = [
     ("lco_kl", {"curvature_mask": {"policy_limit": 1e-9, "random": True}}, "curvature/masked"),
     ("grpo", {"kl_control": {"kind": "adaptive", "target": 0.01}}, "kl_coef"),
     ("lco_mse", {"kl_control": {"kind": "adaptive", "target": 0.01}}, "kl_coef"),
+    ("lco_log_cosh", {"kl_control": {"kind": "fixed", "coefficient": 0.5}}, None),
     ("cispo", {"entropy_coef": 0.05}, None),
     (
         "reinforce",
@@ -134,6 +135,13 @@ def test_every_guard_changes_what_is_learnt_and_says_so(tmp_path, kind, on, show
     plain = weights(trained(tmp_path / "plain", **common))
     guarded = weights(run)
     assert any(not torch.equal(plain[name], guarded[name]) for name in plain)
+
+
+def test_a_fixed_coefficient_is_beta_by_another_name(tmp_path):
+    control = {"kind": "fixed", "coefficient": 0.5}
+    one = trained(tmp_path / "beta", num_iterations=2, beta=0.5)
+    other = trained(tmp_path / "control", num_iterations=2, kl_control=control)
+    assert all(torch.equal(weights(other)[name], value) for name, value in weights(one).items())
 
 
 def test_a_step_whose_tokens_are_all_masked_teaches_nothing_and_says_why(tmp_path):

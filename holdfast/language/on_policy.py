@@ -40,7 +40,7 @@ from holdfast.language.losses.policy_gradient import (
 )
 from holdfast.language.model import LanguagePolicy
 from holdfast.language.rewards import Rewards
-from holdfast.language.rollout_batch import RolloutBatch, pair
+from holdfast.language.rollout_batch import RolloutBatch, pair, which
 from holdfast.language.rollouts import Rollout, sample, seed_of
 from holdfast.language.signals import KeptHead, Signals
 
@@ -132,6 +132,7 @@ class PolicyGradient:
                 logps, old, advantages, mask, threshold=self.off_policy_threshold
             )
             found["off_policy_masked"] = pair(left[mask])
+            found |= which("off_policy_masked", left & mask, seen)
             advantages = advantages.masked_fill(left, 0.0)
         terms = self._terms(batch, seen, old, advantages, mask)
         total = terms.total

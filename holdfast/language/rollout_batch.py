@@ -63,8 +63,9 @@ class RolloutBatch:
         found = {
             name: pair(values[tokens]) for name, values in per_token.items() if values is not None
         }
-        flags = [name for name in self.rows[0].signals if name.startswith("guard/")]
-        found |= {name: pair(self.flat(name)) for name in flags}
+        for name in (name for name in rows[0].signals if name.startswith("guard/")):
+            found[name] = pair(self.flat(name))
+            found |= which(name, (self.padded(name) > 0) & seen.mask, seen)
         by_row: dict[str, list[float]] = {
             "reward": [row.reward for row in rows],
             "reward_std": [row.group_std for row in rows],
@@ -81,6 +82,11 @@ class RolloutBatch:
             values = torch.tensor(numbers, dtype=torch.float64)
             found[name] = pair(values[values.isfinite()])
         return found
+
+
+def which(name: str, tokens: Tensor, seen: TokenStatistics) -> dict[str, Tensor]:
+    """Which ``tokens`` a guard chose: their mean probability, as a metric."""
+    return {f"{name}/probability": pair(seen.logps[tokens].exp())}
 
 
 def pair(values: Tensor) -> Tensor:

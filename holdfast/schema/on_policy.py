@@ -88,7 +88,7 @@ class RewardedSpec(OnPolicySpec):
         None, description="advantages of tokens from a preference-tuned model, not from rewards"
     )
     kl_control: KlControl | None = Field(
-        None, description="sets the coefficient of a KL penalty to the reference as training goes"
+        None, description="coefficient of a KL penalty to the reference: fixed, adaptive, safe"
     )
     entropy_coef: float = Field(0.0, ge=0, description="of an entropy bonus; 0: none")
     use_adaptive_entropy: bool = Field(False, description="only while the entropy is low")

@@ -9,6 +9,13 @@ from pydantic import Field, model_validator
 from holdfast.schema.base import Spec
 
 
+class FixedKlSpec(Spec):
+    """A coefficient that stays; what ``beta`` is where that is no strength of the loss itself."""
+
+    kind: Literal["fixed"] = "fixed"
+    coefficient: float = Field(gt=0)
+
+
 class AdaptiveKlSpec(Spec):
     """A coefficient that rises above a target and falls below it."""
 
@@ -43,7 +50,7 @@ class SafeKlSpec(Spec):
         return self
 
 
-KlControl = Annotated[AdaptiveKlSpec | SafeKlSpec, Field(discriminator="kind")]
+KlControl = Annotated[FixedKlSpec | AdaptiveKlSpec | SafeKlSpec, Field(discriminator="kind")]
 
 
 class CurvatureSpec(Spec):

@@ -136,6 +136,27 @@ def test_all_guards_together_do_not_depend_on_padding_or_on_how_a_batch_is_cut(k
     assert whole.metrics["demonstrations"].tolist() == [1, len(rows)]
 
 
+@pytest.mark.parametrize("kind", ["policy gradient", "lco"])
+def test_the_record_says_how_probable_the_tokens_were_that_a_guard_chose(kind):
+    policy = build(1)
+    rows = mixed_rows(build(2))
+    loss = Lco(policy.pad_id, "lco_kl", 0.5)
+    if kind == "policy gradient":
+        loss = PolicyGradient(policy.pad_id, ppo_clip, off_policy_threshold=1e-6)
+    metrics = loss(policy, rows).metrics
+    logps = torch.cat([dense_logps(policy, row) for row in rows])
+    flags = torch.cat([row.signals["guard/kl_cov"] for row in rows])
+    if kind == "lco":  # It learns from no hint.
+        flags[sum(row.counted for row in rows[:2])] = False
+    expected = logps[flags].exp().double()
+    found = metrics["guard/kl_cov/probability"].double()
+    assert_close(found, torch.stack([expected.sum(), flags.sum().double()]), rtol=1e-4, atol=1e-6)
+    if kind == "policy gradient":
+        masked, count = metrics["off_policy_masked"].tolist()
+        of = metrics["off_policy_masked/probability"]
+        assert 0 < masked < count and of[1] == masked and 0 < of[0] < masked
+
+
 @pytest.mark.parametrize("aggregation", ["token-mean", "sequence-mean"])
 def test_the_entropy_bonus_has_the_gradient_of_the_entropy(aggregation):
     policy, rows = build(1), rollouts()
