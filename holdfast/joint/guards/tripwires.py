@@ -129,6 +129,8 @@ class Tripwires:
             reward=self.reward,
             patience=self.patience,
         )
+        if self.entropy is not None and not math.isfinite(self.entropy):
+            raise ValueError(f"entropy is {self.entropy}: it must be finite")
         for name in ("hysteresis", "smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must lie in [0, 1)")

@@ -141,6 +141,7 @@ def test_updating_leaves_the_old_state_alone():
     [
         ({"then": "panic"}, "then is"),
         ({"kl": 0.0}, "kl is"),
+        ({"entropy": math.nan}, "entropy is"),
         ({"patience": 0}, "patience is"),
         ({"hysteresis": 1.0}, "hysteresis is"),
         ({"rate_factor": 1.0}, "rate_factor is"),
