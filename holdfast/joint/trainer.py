@@ -469,8 +469,8 @@ class Trainer:
             self.recorder.event(self.step, "tripwire", f"{reason}. {done}")
         if trip.then == "stop":
             raise TrainingError(
-                f"training stopped at step {self.step} by a tripwire: {reason}. The checkpoints "
-                "are from before. Lower the learning rate, or look at the batch."
+                f"training stopped at step {self.step} by a tripwire: {reason}. Checkpoints, if "
+                "there are any, are from before. Lower the learning rate, or look at the batch."
             )
         if trip.then == "roll_back":
             # A kill from now on must not bring back what was undone.

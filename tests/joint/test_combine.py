@@ -73,6 +73,12 @@ def test_nash_bargaining_gives_every_objective_its_share():
     torch.testing.assert_close(products, products.mean().expand(2), rtol=1e-2, atol=0)
 
 
+def test_a_solver_does_not_talk_to_the_terminal(recwarn):
+    zero_among_others = torch.tensor([[1.0, 2.0], [0.0, 0.0]])
+    assert combine(zero_among_others, "nashmtl").isfinite().all()
+    assert not recwarn.list
+
+
 @given(gradients=gradients_of_two)
 def test_upgrad_of_two_is_half_of_pcgrad_and_never_conflicts(gradients):
     combined = combine(gradients, "upgrad")

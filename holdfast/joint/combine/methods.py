@@ -7,6 +7,7 @@ Methods with a closed form need nothing; the others run in torchjd, on a square 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from itertools import combinations
@@ -218,4 +219,7 @@ def _torchjd(method: str, gram: Gram) -> list[float]:
     # root of the Gram matrix, one short row for each objective, stands for them.
     values, vectors = torch.linalg.eigh(torch.tensor(gram, dtype=torch.float64))
     root = vectors * values.clamp(min=0.0).sqrt()
-    return aggregator.weighting(root).tolist()
+    with warnings.catch_warnings():
+        # NashMTL's solver says how it solves, and that a gradient is zero.
+        warnings.simplefilter("ignore")
+        return aggregator.weighting(root).tolist()
