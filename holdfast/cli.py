@@ -185,10 +185,11 @@ def compare(
 
 @app.command("list", epilog="Example:  holdfast list")
 def list_() -> None:
-    """Show the recipes, policies, objectives, schedules and guards that there are."""
+    """Show the recipes that there are, and the kinds of every part of one."""
     import yaml
 
     from holdfast import schema
+    from holdfast.joint.combine import METHODS
 
     recipes = Table("recipe", "what it shows", title=f"shipped recipes ({SHIPPED.name}/)")
     for name, path in shipped_recipes().items():
@@ -210,9 +211,13 @@ def list_() -> None:
         ("objective", schema.kinds(schema.AnyObjective)),
         ("schedule", schema.kinds(schema.AnySchedule)),
         ("guard", schema.kinds(schema.AnyGuard)),
+        ("kl_control", schema.kinds(schema.KlControl)),
+        ("covariance", schema.kinds(schema.Covariance)),
+        ("imitation", schema.kinds(schema.ImitationSpec)),
     ):
         for spec in known:
             kinds.add_row(part, ", ".join(schema.names_of(spec)), spec.__doc__)
+    kinds.add_row("combiner", ", ".join(METHODS), schema.CombinerSpec.__doc__)
     console.print(kinds)
 
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import holdfast
 from holdfast import cli
+from holdfast.joint.combine import METHODS
 from holdfast.joint.trainer import Trainer
 from holdfast.language.model import load_policy
 from holdfast.language.tokenizers import build_tokenizer
@@ -145,9 +146,10 @@ def test_list_names_everything_that_there_is(call, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     answer = call("list")
     assert answer.status == 0
-    kinds = ["nll", "dpo", "language", "sequential", "mix", "alright", "maxright"]
-    for name in [*shipped_recipes(), *kinds]:
+    kinds = ["nll", "dpo", "language", "sequential", "mix", "alright", "maxright", "tripwires"]
+    for name in [*shipped_recipes(), *kinds, "safe", "solve_rate_gate"]:
         assert f" {name} " in answer.out
+    assert all(method in answer.out for method in METHODS)
 
 
 # The path of a user -------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from holdfast.schema.base import Spec
 
 
 class FixedKlSpec(Spec):
-    """A coefficient that stays; what ``beta`` is where that is no strength of the loss itself."""
+    """A coefficient that stays as it is."""
 
     kind: Literal["fixed"] = "fixed"
     coefficient: float = Field(gt=0)
