@@ -64,6 +64,7 @@ NEVER = {"kind": "solve_rate_gate", "action": "imitate", "solved_above": -1.0}
     [
         ("grpo", {"curvature_mask": WIDE, "delta": 1e6, "imitation": NEVER, **RATIOS}),
         ("grpo", {"covariance": {"kind": "clip", "lowest": 1e6, "highest": 1e7}}),
+        ("grpo", {"smooth_advantages": True, "scale_floor": 1e-9}),  # no prompt comes twice
         ("ppo", {"curvature_mask": {**WIDE, "optimizer": "adam"}, **RATIOS}),
         ("lco_kl", {"curvature_mask": WIDE, "imitation": NEVER}),
         ("gspo", {"curvature_mask": WIDE}),
