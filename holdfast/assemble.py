@@ -20,8 +20,9 @@ from holdfast.errors import DataError, RecipeError
 from holdfast.joint import Alright, Maxright, Mix, Objective, Schedule, Sequential
 from holdfast.joint.batches import Batches
 from holdfast.joint.checkpoint import Checkpoints
+from holdfast.joint.optimizer import TrainerOptions, check_learning_rates
 from holdfast.joint.record import Recorder
-from holdfast.joint.trainer import Trainer, TrainerOptions, check_learning_rates
+from holdfast.joint.trainer import Trainer
 from holdfast.language.data import (
     Demonstration,
     Prompt,

@@ -24,8 +24,9 @@ import torch
 from benchmarks.cost.material import BLOCK, SETTINGS, recipe_values
 from holdfast.assemble import accelerator_for, assemble
 from holdfast.joint import Alright, Maxright, Mix, Schedule, Sequential
+from holdfast.joint.optimizer import TrainerOptions
 from holdfast.joint.record import Recorder
-from holdfast.joint.trainer import Trainer, TrainerOptions
+from holdfast.joint.trainer import Trainer
 from holdfast.recipe import parse_recipe
 
 WEIGHTS = {"sft": 0.5, "dpo": 0.5}

@@ -14,7 +14,8 @@ from benchmarks.cost.worker import InOrder
 from holdfast.joint import Mix
 from holdfast.joint.guards import Guard, LogRatioBudget, UpdateNormCap
 from holdfast.joint.objective import LossTerms, Objective, Summary
-from holdfast.joint.trainer import Trainer, TrainerOptions
+from holdfast.joint.optimizer import TrainerOptions
+from holdfast.joint.trainer import Trainer
 from holdfast.language.data import Demonstration, Encoded
 from holdfast.language.frozen import Frozen
 from holdfast.language.guards import AdaptiveKl, CurvatureGuard, Penalties, RowMoments, SafeKL

@@ -19,7 +19,8 @@ from holdfast.joint import LossTerms, Mix, Objective
 from holdfast.joint.batches import Batches
 from holdfast.joint.guards import GradientClip, Guard, LogRatioBudget, UpdateNormCap
 from holdfast.joint.objective import Along, Spread
-from holdfast.joint.trainer import Trainer, TrainerOptions
+from holdfast.joint.optimizer import TrainerOptions
+from holdfast.joint.trainer import Trainer
 from holdfast.recipe import parse_recipe
 
 FACTOR = 1000.0

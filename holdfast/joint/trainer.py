@@ -8,7 +8,6 @@ sums, so the mean is taken once, over all micro-batches and ranks.
 from __future__ import annotations
 
 import math
-import signal
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -35,57 +34,13 @@ from holdfast.joint.combine import Combiner, WeightedSum
 from holdfast.joint.geometry import Geometry
 from holdfast.joint.guards import GradientClip, Guard, Guards, LogRatioBudget, Seen, Trip
 from holdfast.joint.guards.proposed import ProposedGradient, ProposedUpdate
-from holdfast.joint.objective import Along, LossTerms, Objective, Row, Spread, Summary
+from holdfast.joint.interruption import Interruption
+from holdfast.joint.objective import Along, Objective, Row, Spread, Summary
+from holdfast.joint.optimizer import TrainerOptions, adamw, check_learning_rates
 from holdfast.joint.processes import keep_process_group
 from holdfast.joint.record import Recorder, peak_memory_bytes
 from holdfast.joint.schedules import Schedule, Watching
-
-
-@dataclass(frozen=True)
-class TrainerOptions:
-    """How to train. Names and meanings follow ``transformers.TrainingArguments``.
-
-    Attributes
-    ----------
-    max_steps : int
-        Optimiser steps of the whole run.
-    learning_rate, weight_decay, adam_beta1, adam_beta2, adam_epsilon : float
-        AdamW. Biases and norms (tensors of fewer than two dimensions) are not decayed. Parameters
-        that got no gradient in a step keep their values and moments.
-    learning_rates : mapping of str to float
-        Other learning rates by parameter name or its beginning, up to a dot: ``{"residual": 1e-3}``
-        for a module of that name. The longest one that fits wins.
-    lr_scheduler_type, warmup_steps
-        As in ``transformers.get_scheduler``.
-    max_grad_norm : float, optional
-        Limit of a :class:`~holdfast.joint.guards.GradientClip`. ``None``: no clipping.
-    eval_steps, save_steps : int
-        Optimiser steps between evaluations on held-out rows, and between checkpoints.
-    early_stopping_patience : int, optional
-        Stop after this many evaluations in a row in which no objective's held-out loss fell by more
-        than ``early_stopping_threshold`` below its best.
-    max_refusals : int
-        How many steps may be refused (non-finite loss, gradient or update) before training stops.
-    seed : int
-        Seed of dropout. Sources and schedules have their own.
-    """
-
-    max_steps: int
-    learning_rate: float = 1e-4
-    learning_rates: Mapping[str, float] = field(default_factory=dict)
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
-    lr_scheduler_type: str = "constant"
-    warmup_steps: int = 0
-    max_grad_norm: float | None = 1.0
-    eval_steps: int = 100
-    save_steps: int = 100
-    early_stopping_patience: int | None = None
-    early_stopping_threshold: float = 0.0
-    max_refusals: int = 3
-    seed: int = 0
+from holdfast.joint.sums import Sums
 
 
 @dataclass
@@ -169,14 +124,13 @@ class Trainer:
         self.fingerprint = fingerprint
         self._progress = _Progress()
         self._probed: dict[str, float] = {}
-        self._interrupted: int | None = None
 
         self._check_guards()
         self._named = [(n, p) for n, p in policy.named_parameters() if p.requires_grad]
         if not self._named:
             raise ValueError("policy has no parameter that requires a gradient")
         check_learning_rates(policy, options)
-        self._optimizer_plain, self._rated = _adamw(self._named, options)
+        self._optimizer_plain, self._rated = adamw(self._named, options)
         self._lr = get_scheduler(
             options.lr_scheduler_type,
             self._optimizer_plain,
@@ -207,7 +161,7 @@ class Trainer:
         TrainingError
             If more than ``max_refusals`` steps were refused.
         """
-        with _Signals(self):
+        with Interruption() as interruption:
             if self.step == 0:
                 self._evaluate_once()
                 if self._rolls_back:
@@ -215,10 +169,10 @@ class Trainer:
             # A run that ended here, but was killed before it could say so, ends here again.
             reason = self._out_of_patience()
             while reason is None:
-                reason = self._advance()
+                reason = self._advance(interruption)
         return reason
 
-    def _advance(self) -> str | None:
+    def _advance(self, interruption: Interruption) -> str | None:
         if self.step >= self.options.max_steps:
             return "finished"
         if not self.train_step():
@@ -229,20 +183,12 @@ class Trainer:
         if last or self.step % self.options.eval_steps == 0:
             self._evaluate_once()
         reason = self._out_of_patience()
-        interrupted = self._agree_on_interrupt()
+        interrupted = interruption.name(self.accelerator)
         if interrupted:
-            reason = f"interrupted by {signal.Signals(interrupted).name}"
+            reason = f"interrupted by {interrupted}"
         if reason or last or self.step % self.options.save_steps == 0:
             self.save()
         return reason
-
-    def _agree_on_interrupt(self) -> int:
-        """The signal that any rank was sent, or 0: all ranks must stop at the same step."""
-        number = self._interrupted or 0
-        if self.accelerator.num_processes == 1:
-            return number
-        seen = torch.tensor([number], device=self.accelerator.device)
-        return int(self.accelerator.gather(seen).max())
 
     # One step -------------------------------------------------------------------------------------
 
@@ -399,14 +345,14 @@ class Trainer:
             self.policy.train()
         self._forget_gradients()
         parts = _cut(shard, objective.micro_batch_size)
-        sums = _Sums()
+        sums = Sums()
         for index, part in enumerate(parts):
             last = index == len(parts) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
                 terms = objective.loss(self.model, part)
                 self.accelerator.backward(terms.total)
             sums.add(terms)
-        summary = self._mean(sums)
+        summary = sums.mean(self.accelerator)
         gradient = [parameter.grad for parameter in self._parameters]
         present = [part for part in gradient if part is not None]
         if present and summary.count > 0:
@@ -525,12 +471,12 @@ class Trainer:
         shard = rows[self.accelerator.process_index :: self.accelerator.num_processes]
         training = self.policy.training
         self.policy.eval()
-        sums = _Sums()
+        sums = Sums()
         with torch.no_grad():
             for part in _cut(shard, objective.micro_batch_size) if shard else []:
                 sums.add((objective.evaluate or objective.loss)(self.policy, part))
         self.policy.train(training)
-        return self._mean(sums)
+        return sums.mean(self.accelerator)
 
     def _probe(self, name: str) -> float:
         if name not in self._probed:
@@ -575,23 +521,6 @@ class Trainer:
         if patience is None or self._progress.evaluations_without_improvement < patience:
             return None
         return f"no held-out loss improved in {patience} evaluations"
-
-    def _mean(self, sums: _Sums) -> Summary:
-        """Means over all ranks."""
-        by_name = sums.by_name()
-        if self.accelerator.num_processes > 1:
-            # As objects, since a rank without held-out rows does not know the metrics' names.
-            ranks: list[dict[str, float]] = gather_object([by_name])
-            names = max(ranks, key=len)
-            by_name = {name: math.fsum(rank.get(name, 0.0) for rank in ranks) for name in names}
-        total, count = by_name.pop("\0total", 0.0), by_name.pop("\0count", 0.0)
-        counts = {
-            name: by_name.pop(f"\0count of {name}", count)
-            for name in [name for name in by_name if not name.startswith("\0")]
-        }
-        # Metrics with a count of their own say why there may be nothing to take a mean loss over.
-        means = {name: by_name[name] / own for name, own in counts.items() if own}
-        return Summary(total / count if count else math.nan, count, means)
 
     # State ----------------------------------------------------------------------------------------
 
@@ -696,115 +625,12 @@ def _watches(schedule: Schedule) -> TypeGuard[Watching]:
     return hasattr(schedule, "watch")
 
 
-class _Sums:
-    """Totals, counts and metrics of micro-batches, added up in double precision."""
-
-    def __init__(self) -> None:
-        self._terms: list[LossTerms] = []
-
-    def add(self, terms: LossTerms) -> None:
-        self._terms.append(
-            LossTerms(terms.total.detach(), terms.count.detach(), dict(terms.metrics))
-        )
-
-    def by_name(self) -> dict[str, float]:
-        """The sums. One transfer from the device for all of them."""
-        if not self._terms:
-            return {}
-        names = ["\0total", "\0count"]
-        for name, metric in self._terms[0].metrics.items():
-            names += [name, f"\0count of {name}"] if metric.ndim else [name]
-        parts = [
-            part.double().reshape(-1)
-            for terms in self._terms
-            for part in (terms.total, terms.count, *terms.metrics.values())
-        ]
-        sums = torch.cat(parts).view(len(self._terms), len(names)).sum(0)
-        return dict(zip(names, sums.tolist(), strict=True))
-
-
-class _Signals:
-    """Turns Ctrl-C and SIGTERM into a stop at the next step, with a checkpoint."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> None:
-        def note(number: int, frame: Any) -> None:
-            if self._trainer._interrupted is not None:
-                raise KeyboardInterrupt  # asked twice: stop at once
-            self._trainer._interrupted = number
-
-        try:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._old[number] = signal.signal(number, note)
-        except ValueError:
-            pass  # not in the main thread, where signals cannot be handled
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-
-def _adamw(
-    named: Sequence[tuple[str, nn.Parameter]], options: TrainerOptions
-) -> tuple[torch.optim.Optimizer, list[str | None]]:
-    """The optimiser, and for each of its groups the entry of ``learning_rates`` that it follows."""
-    groups: dict[tuple[str | None, bool], list[nn.Parameter]] = {}
-    for matrices in (True, False):
-        for name, parameter in named:
-            if (parameter.ndim >= 2) == matrices:
-                entry = _entry(name, options.learning_rates)
-                groups.setdefault((entry, matrices), []).append(parameter)
-    listed = [
-        {
-            "params": parameters,
-            "weight_decay": options.weight_decay if matrices else 0.0,
-            "lr": options.learning_rate if entry is None else options.learning_rates[entry],
-        }
-        for (entry, matrices), parameters in groups.items()
-    ]
-    optimizer = torch.optim.AdamW(
-        listed,
-        betas=(options.adam_beta1, options.adam_beta2),
-        eps=options.adam_epsilon,
-        fused=True,
-    )
-    return optimizer, [entry for entry, _ in groups]
-
-
 def _guards(guards: Sequence[Guard], options: TrainerOptions) -> Guards:
     """Those given, and the clip of the options unless there is one among them."""
     given = any(isinstance(guard, GradientClip) for guard in guards)
     if given or options.max_grad_norm is None:
         return Guards(guards)
     return Guards([GradientClip(options.max_grad_norm), *guards])
-
-
-def check_learning_rates(policy: nn.Module, options: TrainerOptions) -> None:
-    """Refuse a learning rate of its own that no parameter would have.
-
-    Raises
-    ------
-    ValueError
-        Naming what the policy's trainable parameters begin with.
-    """
-    names = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
-    # One that fits, but is everywhere outdone by longer ones, does nothing either.
-    unused = set(options.learning_rates) - {_entry(name, options.learning_rates) for name in names}
-    for entry in sorted(unused):
-        known = ", ".join(sorted({name.partition(".")[0] for name in names}))
-        raise ValueError(
-            f"learning_rates[{entry!r}] decides the rate of no trainable parameter; their names "
-            f"begin with {known}"
-        )
-
-
-def _entry(name: str, rates: Mapping[str, float]) -> str | None:
-    """The longest entry that a parameter's name equals or goes on from after a dot."""
-    fitting = [entry for entry in rates if name == entry or name.startswith(f"{entry}.")]
-    return max(fitting, key=len, default=None)
 
 
 def _cut(rows: Sequence[Row], size: int | None) -> list[Sequence[Row]]:

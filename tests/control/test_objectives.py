@@ -12,7 +12,8 @@ from holdfast.control.objectives import Cloning, DemonstrationBatches, PolicyOpt
 from holdfast.control.policies import Critic, DiffusionPolicy, GaussianPolicy, ResidualPolicy
 from holdfast.control.rollouts import EnvironmentRollouts, RolloutOptions
 from holdfast.joint import Mix, Objective
-from holdfast.joint.trainer import Trainer, TrainerOptions
+from holdfast.joint.optimizer import TrainerOptions
+from holdfast.joint.trainer import Trainer
 
 SMALL = (32,)
 

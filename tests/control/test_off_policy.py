@@ -33,7 +33,8 @@ from holdfast.control.regularisation import (
 from holdfast.control.replay import ReplayOptions, ReplaySource
 from holdfast.control.rollouts import EnvironmentRollouts, RolloutOptions
 from holdfast.joint import Mix, Objective
-from holdfast.joint.trainer import Trainer, TrainerOptions
+from holdfast.joint.optimizer import TrainerOptions
+from holdfast.joint.trainer import Trainer
 
 SMALL = (32,)
 CLONE = {"gaussian": "mse", "diffusion": "denoising"}

@@ -23,8 +23,9 @@ from holdfast.joint import (
 )
 from holdfast.joint.checkpoint import Checkpoints
 from holdfast.joint.combine import combine
+from holdfast.joint.optimizer import TrainerOptions
 from holdfast.joint.record import Recorder
-from holdfast.joint.trainer import Trainer, TrainerOptions
+from holdfast.joint.trainer import Trainer
 
 
 def trainer(

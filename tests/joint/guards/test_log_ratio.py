@@ -18,8 +18,9 @@ from holdfast.joint import Mix
 from holdfast.joint.guards import LogRatioBudget, UpdateNormCap, binary_radius
 from holdfast.joint.guards.proposed import AlongStep
 from holdfast.joint.objective import Spread
+from holdfast.joint.optimizer import TrainerOptions
 from holdfast.joint.record import Recorder
-from holdfast.joint.trainer import Trainer, TrainerOptions
+from holdfast.joint.trainer import Trainer
 
 
 def trainer(*guards, policy=None, objectives=None, folder=None, **options):

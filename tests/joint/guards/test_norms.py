@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from holdfast.joint import Mix
 from holdfast.joint.guards import GradientClip, Guards, Tripwires, UpdateNormCap
 from holdfast.joint.guards.proposed import ProposedGradient
-from holdfast.joint.trainer import Trainer, TrainerOptions
+from holdfast.joint.optimizer import TrainerOptions
+from holdfast.joint.trainer import Trainer
 
 KINDS = [GradientClip, UpdateNormCap]
 

@@ -14,8 +14,9 @@ from holdfast.joint import LossTerms, Mix
 from holdfast.joint.checkpoint import Checkpoints
 from holdfast.joint.guards import Seen, Tripwires
 from holdfast.joint.objective import Summary
+from holdfast.joint.optimizer import TrainerOptions
 from holdfast.joint.record import Recorder
-from holdfast.joint.trainer import Trainer, TrainerOptions
+from holdfast.joint.trainer import Trainer
 
 
 def seen(refused=None, grad_norm=1.0, **metrics):
