@@ -19,7 +19,7 @@ class Interruption:
         self._number: int | None = None
         self._old: dict[int, Any] = {}
 
-    def __enter__(self) -> Interruption:
+    def __enter__(self) -> None:
         def note(number: int, frame: Any) -> None:
             if self._number is not None:
                 raise KeyboardInterrupt
@@ -30,7 +30,6 @@ class Interruption:
                 self._old[number] = signal.signal(number, note)
         except ValueError:
             pass  # not in the main thread, where signals cannot be handled
-        return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._old.items():

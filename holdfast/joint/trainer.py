@@ -124,6 +124,7 @@ class Trainer:
         self.fingerprint = fingerprint
         self._progress = _Progress()
         self._probed: dict[str, float] = {}
+        self._interruption = Interruption()
 
         self._check_guards()
         self._named = [(n, p) for n, p in policy.named_parameters() if p.requires_grad]
@@ -161,7 +162,7 @@ class Trainer:
         TrainingError
             If more than ``max_refusals`` steps were refused.
         """
-        with Interruption() as interruption:
+        with self._interruption:
             if self.step == 0:
                 self._evaluate_once()
                 if self._rolls_back:
@@ -169,10 +170,10 @@ class Trainer:
             # A run that ended here, but was killed before it could say so, ends here again.
             reason = self._out_of_patience()
             while reason is None:
-                reason = self._advance(interruption)
+                reason = self._advance()
         return reason
 
-    def _advance(self, interruption: Interruption) -> str | None:
+    def _advance(self) -> str | None:
         if self.step >= self.options.max_steps:
             return "finished"
         if not self.train_step():
@@ -183,7 +184,7 @@ class Trainer:
         if last or self.step % self.options.eval_steps == 0:
             self._evaluate_once()
         reason = self._out_of_patience()
-        interrupted = interruption.name(self.accelerator)
+        interrupted = self._interruption.name(self.accelerator)
         if interrupted:
             reason = f"interrupted by {interrupted}"
         if reason or last or self.step % self.options.save_steps == 0:
