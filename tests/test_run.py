@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from holdfast import run as runs
 from holdfast.assemble import accelerator_for, alone, assemble
 from holdfast.errors import RecipeError, RunError, TrainingError
+from holdfast.joint.interruption import Interruption
 from holdfast.joint.trainer import Trainer
 from holdfast.language.model import LanguagePolicy, load_policy
 from holdfast.language.tokenizers import build_tokenizer
@@ -646,7 +647,7 @@ def test_a_disk_that_refuses_the_model_is_one_message(tmp_path, monkeypatch):
 def test_an_interrupted_search_for_an_optimum_is_not_taken_for_one(tmp_path, fresh_cache):
     recipe = load_recipe(str(write_recipe(tmp_path, objectives__sft__optimum="auto")))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_agree_on_interrupt", lambda self: signal.SIGTERM)
+        patch.setattr(Interruption, "name", lambda self, accelerator: "SIGTERM")
         with pytest.raises(RunError, match="not found yet: interrupted by SIGTERM"):
             runs.find_optima(recipe)
     assert set(runs.find_optima(recipe)) == {"sft", "dpo"}
