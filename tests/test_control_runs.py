@@ -541,6 +541,14 @@ def test_every_evaluation_episode_is_run_once_however_rows_are_cut(write, demos)
     assert found[1]["reward_squared"] > found[1]["reward"] ** 2 + 1e-3
 
 
+def test_success_is_no_score_of_a_task_that_does_not_say_what_it_is(write):
+    world = {"name": "Pendulum-v1", "count": 2, "time_limit": 3}
+    alone = {"kind": "mix", "weights": {"rl": 1.0}}
+    recipe = write(GAUSSIAN, alone, {"rl": {**RL, "environment": world, "score": "success"}})
+    with pytest.raises(HoldfastError, match="Pendulum-v1 does not say what success is.*return"):
+        runs.train(recipe)
+
+
 def test_parts_of_an_evaluation_start_from_other_noise(write, demos):
     alone = {"kind": "mix", "weights": {"rl": 1.0}}
     recipe = write(SAVED, alone, {"rl": {**RL, "kind": "dppo", "episodes": 6}})

@@ -13,7 +13,12 @@ from holdfast.control.acting import acting, one_thread
 from holdfast.control.actor_critic import ActorCritic
 from holdfast.control.cloning import CloningLoss, draw_noise
 from holdfast.control.demonstrations import Chunks
-from holdfast.control.environments import VectorEnvironment, episode_seeds, evaluate
+from holdfast.control.environments import (
+    SimulatorError,
+    VectorEnvironment,
+    episode_seeds,
+    evaluate,
+)
 from holdfast.control.losses import dppo, ppo, value_loss
 from holdfast.control.losses.cloning import denoising, mse, nll
 from holdfast.control.policies import DiffusionPolicy, GaussianPolicy
@@ -227,6 +232,11 @@ class EpisodeEvaluation:
         ``success`` or ``return``.
     seed : int
         Of the set of episodes: evaluations differ by policy alone.
+
+    Raises
+    ------
+    SimulatorError
+        If the score is success, and the task does not say what success is.
     """
 
     environments: Callable[[], VectorEnvironment]
@@ -239,7 +249,13 @@ class EpisodeEvaluation:
         # Of another part other noise: that of its first episode.
         *_, noise = episode_seeds(self.seed, rows[0] + 1, stream="evaluation")
         act = acting(policy.behaviour, seed=noise)
-        found = evaluate(act, self.environments(), list(rows), self.seed)
+        worlds = self.environments()
+        found = evaluate(act, worlds, list(rows), self.seed)
+        if self.score == "success" and found.success is None:
+            raise SimulatorError(
+                f"{worlds.name} does not say what success is, so it cannot be the score of an "
+                "evaluation: take score: return"
+            )
         metrics = {
             "reward": torch.tensor(found.returns.sum()),
             # For the interval of the mean return.

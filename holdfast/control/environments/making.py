@@ -35,7 +35,7 @@ def make_environments(
     Raises
     ------
     SimulatorError
-        If there is no such task, or the simulator is not installed.
+        If there is no such task, it does not know a keyword, or the simulator is not installed.
     ValueError
         If ``count`` is below 1.
     """
@@ -43,6 +43,8 @@ def make_environments(
         raise ValueError(f"count is {count}: it must be at least 1")
     options = options or EnvironmentOptions()
     if name == point_mass.NAME:
+        if options.keywords:
+            raise SimulatorError(f"{name} takes no keywords, but got {', '.join(options.keywords)}")
         simulator = point_mass.PointMass(count)
         return BatchedEnvironment(name, count, simulator, options=options, seed=seed)
     for prefix, make in (

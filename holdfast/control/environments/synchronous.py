@@ -48,7 +48,7 @@ class GymnasiumEnvironment(VectorEnvironment):
     Raises
     ------
     SimulatorError
-        If actions are not a vector of numbers.
+        If actions are not a vector of numbers, or the task does not know a keyword.
     """
 
     def __init__(
@@ -64,7 +64,10 @@ class GymnasiumEnvironment(VectorEnvironment):
         from holdfast.control.environments.wrappers import Episodes, SparseSuccess
 
         def episodes(slot: int) -> Any:
-            env = make()
+            try:
+                env = make()
+            except TypeError as error:
+                raise SimulatorError(f"{name} cannot be made: {error}") from error
             if options.sparse:
                 env = SparseSuccess(env)
             return Episodes(env, lambda: self.schedule.next(slot), options.history)
@@ -184,7 +187,7 @@ def _registered(name: str, options: EnvironmentOptions) -> Any:
         raise SimulatorError(
             f"{name}: {error}; install it with: pip install 'holdfast[control]'"
         ) from error
-    except (gymnasium.error.Error, ModuleNotFoundError, TypeError) as error:
+    except (gymnasium.error.Error, ModuleNotFoundError) as error:
         raise SimulatorError(f"{name} cannot be made: {error}") from error
     if env.spec is not None and env.spec.max_episode_steps is None:
         raise SimulatorError(f"{name} has no time limit; set time_limit to a number of steps")

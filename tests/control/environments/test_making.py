@@ -5,7 +5,12 @@ import sys
 
 import pytest
 
-from holdfast.control.environments import SimulatorError, make_environments, scripted_expert
+from holdfast.control.environments import (
+    EnvironmentOptions,
+    SimulatorError,
+    make_environments,
+    scripted_expert,
+)
 
 BARE = """
 import sys
@@ -39,3 +44,10 @@ def test_there_must_be_an_environment():
 def test_where_there_is_no_expert_it_says_where_there_is_one():
     with pytest.raises(SimulatorError, match="no scripted expert for Hopper-v5.*metaworld"):
         scripted_expert("Hopper-v5")
+
+
+@pytest.mark.parametrize("name", ["holdfast/point-mass", "Hopper-v5", "metaworld/reach"])
+def test_a_keyword_that_a_task_does_not_know_is_named(name):
+    options = EnvironmentOptions(keywords={"wind": 1.0})
+    with pytest.raises(SimulatorError, match=f"{name} .*wind"):
+        make_environments(name, 1, options=options)
