@@ -1,7 +1,6 @@
 """robosuite, the simulator behind robomimic's tasks.
 
-It needs numpy below 2, which the other simulators do not run with: install it into an environment
-of its own.
+It needs numpy below 2: the extra ``robosuite`` is for an environment of its own.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from holdfast.control.environments.synchronous import GymnasiumEnvironment, prep
 from holdfast.errors import nearest
 
 PREFIX = "robosuite/"
-_INSTALL = "pip install robosuite==1.5.2 'mujoco==3.3.0' gymnasium 'numpy<2'"
+_INSTALL = "pip install 'holdfast[robosuite]' (in an environment of its own: it needs numpy<2)"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from holdfast.control.environments import EnvironmentOptions, SimulatorError, ma
 
 def test_without_it_the_message_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "robosuite", None)
-    with pytest.raises(SimulatorError, match=r"robosuite/lift needs robosuite.*numpy<2"):
+    with pytest.raises(SimulatorError, match=r"lift needs robosuite.*holdfast\[robosuite\]"):
         make_environments("robosuite/lift", 1)
 
 
