@@ -448,6 +448,18 @@ def test_what_control_policies_cannot_be_trained_with_is_refused_with_the_recipe
         write(policy, alone, {"rl": {**RL, "kind": "dppo"}}, training=training)
 
 
+@pytest.mark.parametrize(
+    ("policy", "entry"),
+    [
+        ({**GAUSSIAN, "hidden": []}, "policy.hidden"),
+        ({**GAUSSIAN, "critic": {"hidden": []}}, "policy.critic.hidden"),
+    ],
+)
+def test_networks_without_a_hidden_layer_are_refused_with_the_recipe(write, policy, entry):
+    with pytest.raises(RecipeError, match=entry):
+        write(policy, {"kind": "mix", "weights": {"rl": 1.0}}, {"rl": RL})
+
+
 def test_a_new_diffusion_policy_is_trained_in_all_of_its_steps(write):
     alone = {"kind": "mix", "weights": {"rl": 1.0}}
     run = runs.train(write(DPPO_NEW, alone, {"rl": {**RL, "kind": "dppo"}}, steps=1))

@@ -10,7 +10,8 @@ import yaml
 
 from holdfast.report import parts, plots, text
 from holdfast.report.plots import Line
-from holdfast.report.robots import robot_comparison
+from holdfast.report.robots import METRICS as ACTING
+from holdfast.report.robots import about_robots, robot_comparison
 from holdfast.report.runs import (
     EMPTY,
     Run,
@@ -132,7 +133,8 @@ def _overlays(
         curves = [run.held_out.get(name, EMPTY) for run in runs]
         title = f"Held-out loss of {name}"
         yield from _overlay(f"compare-loss-{index}", title, names, curves, _optima(runs, name))
-    metrics = sorted({metric for run in runs for metric in run.held_out_metrics})
+    drawn = ACTING if any(map(about_robots, runs)) else set()
+    metrics = sorted({metric for run in runs for metric in run.held_out_metrics} - drawn)
     for index, (metric, name) in enumerate(itertools.product(metrics, objectives)):
         curves = [run.held_out_metrics.get(metric, {}).get(name, EMPTY) for run in runs]
         yield from _overlay(f"compare-metric-{index}", f"{metric} of {name}", names, curves)

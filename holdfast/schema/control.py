@@ -9,7 +9,7 @@ from pydantic import Field
 from holdfast.schema.base import Spec
 from holdfast.schema.objectives import TrainedSpec
 
-Hidden = tuple[Annotated[int, Field(ge=1)], ...]
+Hidden = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
 Activation = Literal["mish", "relu", "tanh"]
 
 

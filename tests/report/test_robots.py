@@ -129,6 +129,7 @@ def test_a_comparison_counts_the_steps_to_the_level_of_the_first_run(robot, tmp_
     slow, fast = robot("slow"), robot("fast", gain=5)
     page = write_comparison([slow, fast], tmp_path / "c.html").read_text()
     assert "Over environment steps" in page
+    assert "reward_squared" not in page
     # The first run ends at a half, at 500 steps; the second is there at its second evaluation.
     rows = page.split("environment steps to the level")[1].split("</table>")[0]
     assert ">500<" in rows and ">100<" in rows and ">5.00<" in rows
