@@ -235,8 +235,9 @@ class AdaptiveInterleave:
 
     @property
     def estimates(self) -> dict[str, float]:
-        """m of the current cycle, and the running averages as they stand."""
-        return {"ratio": self.ratio, **self.averages.record(self.ratio * self.unit)}
+        """m of the current cycle in turns, and the running averages as they stand."""
+        turns = self.ratio * self.unit
+        return {"ratio": turns, **self.averages.record(turns)}
 
     def next(self, probe: Probe) -> Turn:
         if self.left > 0:

@@ -269,6 +269,7 @@ def test_adaptive_cycles_combine_and_count_iterations():
     )
     turns, _ = drive(schedule, 80, agreeing)
     assert turns[0] == BOTH and lengths(turns)[-1] == 11
+    assert schedule.ratio == 3 and schedule.estimates["ratio"] == 12, "the record is in turns"
 
 
 @given(cut=st.integers(0, 40), form=st.sampled_from(["root", "balance"]), combine=st.booleans())
