@@ -46,8 +46,10 @@ class Sums:
         names = ["\0total", "\0count"]
         for name, metric in self._terms[0].metrics.items():
             names += [name, f"\0count of {name}"] if metric.ndim else [name]
+        # What is known of a batch, such as its count, may lie elsewhere than its loss.
+        device = self._terms[0].total.device
         parts = [
-            part.double().reshape(-1)
+            part.to(device, torch.float64).reshape(-1)
             for terms in self._terms
             for part in (terms.total, terms.count, *terms.metrics.values())
         ]
