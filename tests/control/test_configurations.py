@@ -1,5 +1,6 @@
-"""Recipes for what cannot run here: they are valid, name what exists, and say so."""
+"""Recipes in the documentation: they are valid, and those that cannot run here say so."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import pytest
 from holdfast.control.environments import robosuite
 from holdfast.recipe import load_recipe
 
-RECIPES = sorted((Path(__file__).parents[2] / "docs" / "recipes").glob("*.yaml"))
+DOCS = Path(__file__).parents[2] / "docs"
+RECIPES = sorted((DOCS / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -24,3 +26,15 @@ def test_there_is_one_for_every_task_that_was_not_measured():
         "robosuite-square",
         "robosuite-transport",
     }
+
+
+def test_the_recipes_of_the_guide_are_whole_and_follow_on_each_other(tmp_path):
+    guide = (DOCS / "guide.md").read_text("utf-8")
+    found = {}
+    for name in ("clone", "fine_tune"):
+        (text,) = re.findall(rf"```yaml\n# {name}\.yaml\n(.*?)```", guide, re.DOTALL)
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(text, "utf-8")
+        found[name] = load_recipe(str(path))
+        assert found[name].name == name
+    assert found["fine_tune"].policy.model_name_or_path.endswith("runs/clone/model")
