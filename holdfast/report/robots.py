@@ -176,9 +176,13 @@ def _reached(run: Run, score: str, level: float) -> float | None:
 
 
 def _gradients(run: Run, slots: dict[str, int], prefix: str) -> Iterator[str]:
-    """Cosine and norms, as running averages where there are any."""
+    """Cosine and norms, as running averages where there are any.
+
+    Nothing of networks that share no parameter: their cosine is NaN, and their norms are 0.
+    """
     known = run.estimates
     raw = [series for key, series in run.geometry.items() if key.startswith("cosine/")]
+    raw = [series for series in raw if np.isfinite(series.values).any()]
     lines = [line for series in raw for line in plots.training_lines(series, None)[:1]]
     if "cosine" in known:
         lines.append(Line(thinned_mean(known["cosine"]), 0))
@@ -192,7 +196,7 @@ def _gradients(run: Run, slots: dict[str, int], prefix: str) -> Iterator[str]:
         )
         yield parts.figure("Cosine of the gradients", svg, "Below 0 they conflict.")
     norms = {n: known.get(f"norm/{n}", run.geometry.get(f"norm/{n}", EMPTY)) for n in slots}
-    norms = {name: series for name, series in norms.items() if len(series)}
+    norms = {name: series for name, series in norms.items() if (series.values > 0).any()}
     if norms:
         told = "; ".join(f"{name} {parts.from_to(series)}" for name, series in norms.items())
         svg = plots.curves(

@@ -19,7 +19,7 @@ PIXEL = base64.b64decode("R0lGODlhAQABAIAAAP///wAAACH5BAEAAAAALAAAAAABAAEAAAICRA
 def robot(write_run):
     """Two updates for every collection of 100 steps; success rises by a tenth an evaluation."""
 
-    def write(folder="run", *, gain=1, pictures=()):
+    def write(folder="run", *, gain=1, pictures=(), apart=False):
         records = []
         for step in range(11):
             if step:
@@ -39,6 +39,11 @@ def robot(write_run):
                     "efficiency/observed": 1.2,
                     "efficiency/promised": 0.7,
                 }
+                if apart:  # Networks that share no parameter.
+                    record["estimates"] = {"ratio": 2.0}
+                    if "geometry" in record:
+                        norms = {"il": 0.0, "rl": 0.0}
+                        record["geometry"] = {"norms": norms, "cosines": {"il/rl": "nan"}}
                 records.append(record)
             if step % 2 == 0:
                 score = min(gain * step / 20, 1.0)
@@ -117,6 +122,12 @@ def test_the_page_shows_acting_interleaving_and_rollouts(robot):
     assert "seed 3: &lt;success&gt;" in page and "<success>" not in page
     assert "not of this folder" not in page and "no picture" not in page
     assert "reward_squared" not in page.split("Resolved recipe")[0]
+
+
+def test_gradients_of_networks_that_share_nothing_are_not_drawn(robot):
+    page = write_report([robot(apart=True)]).read_text()
+    assert "m: updates between two of imitation" in page
+    assert "Cosine of the gradients" not in page and "Norms of the gradients" not in page
 
 
 def test_a_run_that_does_not_act_has_no_such_part(make_run):
