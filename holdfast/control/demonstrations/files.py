@@ -10,6 +10,7 @@ from holdfast.control.demonstrations.episodes import Demonstrations
 from holdfast.control.demonstrations.faults import fault
 from holdfast.control.demonstrations.npz import read_npz, write_npz
 from holdfast.control.demonstrations.robomimic import read_robomimic, write_robomimic
+from holdfast.control.environments import require
 from holdfast.errors import DataError, HoldfastError
 
 _HDF5 = (".hdf5", ".h5")
@@ -68,9 +69,19 @@ def _read(path: Path, observation_keys: Sequence[str] | None) -> Demonstrations:
 
 
 def check_name(path: str | Path) -> None:
-    """Raise ``DataError`` unless demonstrations can be written under this name."""
+    """Refuse a name under which demonstrations cannot be written.
+
+    Raises
+    ------
+    DataError
+        For another ending.
+    SimulatorError
+        If the package that writes the form is not installed.
+    """
     if Path(path).suffix not in _WRITERS:
         raise fault(path, "the name must end in .npz or .hdf5")
+    if Path(path).suffix in _HDF5:
+        require("h5py", str(path))
 
 
 def write_demonstrations(demonstrations: Demonstrations, path: str | Path) -> None:

@@ -1,6 +1,7 @@
 """Readers, on files written here in exactly the forms that others write, and what they refuse."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -8,9 +9,11 @@ import pytest
 from holdfast.control.demonstrations import (
     Demonstrations,
     Episode,
+    check_name,
     read_demonstrations,
     write_demonstrations,
 )
+from holdfast.control.environments import SimulatorError
 from holdfast.errors import DataError
 
 h5py = pytest.importorskip("h5py")
@@ -422,3 +425,10 @@ def test_only_known_forms_are_written(tmp_path):
         write_demonstrations(Demonstrations((episode(2),), "here"), tmp_path / "some.csv")
     with pytest.raises(DataError, match="no episodes to write"):
         write_demonstrations(Demonstrations((), "here"), tmp_path / "some.npz")
+
+
+def test_a_form_that_cannot_be_written_here_is_refused_before_anything_is_recorded(monkeypatch):
+    check_name("a.hdf5")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(SimulatorError, match="a.hdf5 needs h5py"):
+        check_name("a.hdf5")
