@@ -265,6 +265,8 @@ def _resumes(write, policy, schedule, objectives):
     described = json.loads((cut / "run.json").read_text())
     (cut / "run.json").write_text(json.dumps({**described, "status": "stopped"}))
     resumed = runs.resume(cut)
+    known = [[line.get("estimates") for line in lines(run, "train")] for run in (whole, resumed)]
+    assert known[0] == known[1]
     one, two = (load_file(next((run / "model").glob("*.safetensors"))) for run in (whole, resumed))
     assert one.keys() == two.keys()
     for name in one:

@@ -613,7 +613,10 @@ class Trainer:
             for name, tensor in here.items():
                 tensor.copy_(saved[name])
         unpack_optimizer(self._optimizer_plain, checkpoint.tensors["optimizer"], state["optimizer"])
-        watched = checkpoint.tensors.get("schedule", {})
+        # Copies lie in memory as any tensor does. Those of a file may begin at any byte, and inner
+        # products, on which a schedule may decide, depend on that in their last bits.
+        kept = checkpoint.tensors.get("schedule", {})
+        watched = {name: tensor.clone() for name, tensor in kept.items()}
         self.schedule.load_state_dict(reunite(state["schedule"], watched))
         self.combiner.load_state_dict(state.get("combiner", {}))
         sources = reunite(state["sources"], checkpoint.tensors.get("sources", {}))
