@@ -33,20 +33,23 @@ COLUMNS = (
 class ReplayBuffer:
     """The latest rows, in memory-mapped files: a million of them need not fit into memory.
 
-    The files are temporary. The state holds the rows themselves, so a checkpoint is whole without
-    them; taking it copies nothing, since the tensors are views of the files.
+    The files have no name, and so are gone with the process, however it ends. The state holds the
+    rows themselves, so a checkpoint is whole without them; taking it copies nothing, since the
+    tensors are views of the files.
 
     Parameters
     ----------
     capacity : int
         Rows that are kept, at least 1. Further ones take the places of the oldest.
     folder : str or Path, optional
-        Where the temporary files are made; by default where the system makes them.
+        Where the files are made; by default where the system makes temporary ones.
 
     Raises
     ------
     ValueError
         For a capacity below 1.
+    OSError
+        If no files can be made there.
     """
 
     def __init__(self, capacity: int, folder: str | Path | None = None) -> None:
@@ -55,7 +58,9 @@ class ReplayBuffer:
         self.capacity = capacity
         self.added = 0
         """Rows added so far, those that were overwritten included."""
-        self._folder = tempfile.TemporaryDirectory(prefix="holdfast-replay-", dir=folder)
+        self._folder = folder
+        with tempfile.TemporaryFile(dir=folder):
+            pass  # Where none can be made it is said now, not after the first episodes.
         self._columns: dict[str, Tensor] = {}
 
     def __len__(self) -> int:
@@ -71,7 +76,7 @@ class ReplayBuffer:
         """
         count = len(next(iter(rows.values())))
         if not self._columns:
-            self._columns = {name: self._file(name, column) for name, column in rows.items()}
+            self._columns = {name: self._file(column) for name, column in rows.items()}
         for name, column in self._columns.items():
             if name not in rows or rows[name].shape != (count, *column.shape[1:]):
                 raise ValueError(
@@ -112,14 +117,15 @@ class ReplayBuffer:
             self.add(rows)
         self.added = added
 
-    def _file(self, name: str, column: Tensor) -> Tensor:
-        # A file with holes: the disk is taken as rows are written.
-        array = np.memmap(
-            Path(self._folder.name) / name,
-            dtype=column.numpy().dtype,
-            mode="w+",
-            shape=(self.capacity, *column.shape[1:]),
-        )
+    def _file(self, column: Tensor) -> Tensor:
+        # A file with holes: the disk is taken as rows are written, and given back with the map.
+        with tempfile.TemporaryFile(dir=self._folder) as file:
+            array = np.memmap(
+                file,
+                dtype=column.numpy().dtype,
+                mode="w+",
+                shape=(self.capacity, *column.shape[1:]),
+            )
         return torch.from_numpy(array)
 
 
