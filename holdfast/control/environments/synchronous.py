@@ -5,7 +5,10 @@ One process: for cheap simulators the pipes of several cost more than they win.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -198,5 +201,13 @@ def _registered(name: str, options: EnvironmentOptions) -> Any:
 
 
 def prepare_rendering() -> None:
-    """Let MuJoCo draw without a display, unless the user has chosen how it draws."""
-    os.environ.setdefault("MUJOCO_GL", "egl")
+    """Let MuJoCo draw without a display, unless the user has chosen how it draws.
+
+    Elsewhere than on Linux it knows no EGL, and would refuse the word.
+    """
+    if "MUJOCO_GL" in os.environ or sys.platform != "linux":
+        return
+    # First, for where EGL is missing: told to use it, MuJoCo could not even be imported.
+    with contextlib.suppress(ImportError):
+        importlib.import_module("mujoco")
+    os.environ["MUJOCO_GL"] = "egl"

@@ -246,8 +246,29 @@ def test_pictures_leave_a_chosen_renderer_alone(monkeypatch):
     prepare_rendering()
     assert os.environ["MUJOCO_GL"] == "osmesa"
     monkeypatch.delenv("MUJOCO_GL")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    prepare_rendering()
+    assert "MUJOCO_GL" not in os.environ
+    monkeypatch.setattr(sys, "platform", "linux")
     prepare_rendering()
     assert os.environ["MUJOCO_GL"] == "egl"
+
+
+def test_mujoco_is_imported_before_it_is_told_how_to_draw(monkeypatch):
+    """Where there is no EGL, an import that is to use it fails; a picture alone may be missing."""
+    from holdfast.control.environments import synchronous
+
+    seen = []
+    monkeypatch.setenv("MUJOCO_GL", "egl")  # What it is now comes back after the test.
+    monkeypatch.delenv("MUJOCO_GL")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(
+        synchronous.importlib,
+        "import_module",
+        lambda name: seen.append((name, os.environ.get("MUJOCO_GL"))),
+    )
+    synchronous.prepare_rendering()
+    assert seen == [("mujoco", None)]
 
 
 def test_without_gymnasium_the_message_names_what_to_install(monkeypatch):
