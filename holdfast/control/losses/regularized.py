@@ -15,8 +15,9 @@ Cloned = Literal["demonstrations", "teacher"]
 
 - ``demonstrations``: observations and actions of demonstrations.
 - ``teacher``: the observations of the rollouts, with actions drawn there from the frozen policy
-  that training began with. This is the "BC loss" of DPPO's reference code; no demonstration is
-  seen.
+  that training began with, as in the "BC loss" of DPPO's reference code; no demonstration is seen.
+  (That code maximises the log-probability of the teacher's denoising steps; here its actions are
+  cloned as demonstrated ones are.)
 """
 
 
