@@ -175,20 +175,33 @@ def _mean(values: Iterator[float | None]) -> float | None:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    lines = [
-        f"{'method and guard':<24}{'rate':>7}  {'accuracy':<22}{'envelope':<16}"
-        f"{'decades':>7}  collapse by rate"
-    ]
+    """In Markdown."""
+    rates = [f"{rate:g}" for rate in study.GUARDED_RATES]
+    titles = ["method", "guard", "rate", "accuracy", "envelope", "decades", "time", *rates]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for name, row in summary["groups"].items():
+        method, guard = name.split("/")
         low, high = row["interval"]
         inside = " … ".join(f"{x:g}" for x in row["envelope"]) if row["envelope"] else "none"
-        told = " ".join(f"{x:.1f}" for x in row["collapse_rate"].values())
-        accuracy = f"{row['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
         width = "" if row["width"] is None else f"{row['width']:.1f}"
-        lines.append(
-            f"{name:<24}{row['learning_rate']:>7g}  {accuracy:<22}{inside:<16}{width:>7}  {told}"
-        )
+        shown = [
+            method,
+            guard.replace("-", " "),
+            f"{row['learning_rate']:g}",
+            _fraction(row["accuracy"]) + f" [{_fraction(low)}, {_fraction(high)}]",
+            inside,
+            width,
+            f"{row['time']:.2f}",
+            *(_fraction(row["collapse_rate"][rate], 1) for rate in rates),
+        ]
+        lines.append("| " + " | ".join(shown) + " |")
     return "\n".join(lines)
+
+
+def _fraction(value: float, digits: int = 3) -> str:
+    """Without the zero before the point."""
+    text = f"{value:.{digits}f}"
+    return text.removeprefix("0") if value else "0"
 
 
 def _draw(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:

@@ -174,7 +174,7 @@ def analyse(cells: Cells, task: Task, folder: Path) -> dict[str, Any]:
     if task.tuned_on == task.name:
         chosen["learning_rates"] = {
             policy: {f"{rate:g}": score for rate, score in screened(cells, task, policy).items()}
-            for policy in study.POLICIES
+            for policy in study.policies(task)
         }
     if task.whole and chosen["learning_rates"]["gaussian"]:
         rate = chosen_rate(cells, task, "gaussian")

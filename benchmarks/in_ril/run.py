@@ -176,12 +176,12 @@ def run_task(results: Results, task: Task, workers: int, deadline: float) -> boo
     def run(found: Iterable[Cell]) -> bool:
         return run_cells(results, found, workers, deadline)
 
-    for policy in study.POLICIES:
+    for policy in study.policies(task):
         if task.tuned_on == task.name and not run(study.rates(task, policy)):
             return False
         rate = chosen_rate(cells, task, policy)
         methods: tuple[study.Method, ...]
-        if policy != "gaussian" or not task.whole:
+        if policy != "gaussian":
             methods = study.pair(task, policy, chosen_ratio(task))
         else:
             if not run(study.compared(task, policy, study.sweep(), rate)):

@@ -192,6 +192,11 @@ def imitation(task: Task, demonstrations: Path) -> dict[str, Any]:
 # What runs, in the order in which it is needed ----------------------------------------------------
 
 
+def policies(task: Task) -> tuple[str, ...]:
+    """The Gaussian policy is for the sweep and the controls."""
+    return POLICIES if task.whole else POLICIES[1:]
+
+
 def rates(task: Task, policy: str) -> Iterator[Cell]:
     """RL alone at every learning rate, on seeds of their own."""
     for seed in range(TUNING, TUNING + task.tuning_seeds):

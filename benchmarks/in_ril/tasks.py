@@ -60,7 +60,8 @@ class Task:
     tuning_seeds, seeds : int
     time_limit : int, optional
     whole : bool
-        Whether all methods run, or RL alone and interleaving at the best m.
+        Whether all methods and policies run, or without the Gaussian policy RL alone and
+        interleaving at the best m.
     tuned_on : str
         The task on which learning rates are chosen.
     swept_on : str
@@ -178,7 +179,7 @@ PEG = Task(
     cloning={"gaussian": 2500, "diffusion": 4000},
     cloning_batch=256,
     rates={
-        "gaussian": (3e-4, 1e-3),
+        "gaussian": (1e-4, 3e-4, 1e-3),
         "residual": (3e-4, 1e-3),
         "diffusion": (1e-4, 3e-4),
         "implicit": (1e-4, 3e-4),
