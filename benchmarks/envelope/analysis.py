@@ -175,27 +175,31 @@ def _mean(values: Iterator[float | None]) -> float | None:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """In Markdown."""
-    rates = [f"{rate:g}" for rate in study.GUARDED_RATES]
-    titles = ["method", "guard", "rate", "accuracy", "envelope", "decades", "time", *rates]
+    """In Markdown; the last columns are shares of seeds that collapse, by learning rate."""
+    titles = ["method", "guard", "best rate", "accuracy", "envelope", "decades", "time"]
+    titles += [_power(rate) for rate in study.GUARDED_RATES]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for name, row in summary["groups"].items():
         method, guard = name.split("/")
         low, high = row["interval"]
-        inside = " … ".join(f"{x:g}" for x in row["envelope"]) if row["envelope"] else "none"
+        inside = " … ".join(_power(rate) for rate in row["envelope"] or ()) or "none"
         width = "" if row["width"] is None else f"{row['width']:.1f}"
         shown = [
             method,
             guard.replace("-", " "),
-            f"{row['learning_rate']:g}",
+            _power(row["learning_rate"]),
             _fraction(row["accuracy"]) + f" [{_fraction(low)}, {_fraction(high)}]",
             inside,
             width,
             f"{row['time']:.2f}",
-            *(_fraction(row["collapse_rate"][rate], 1) for rate in rates),
+            *(_fraction(row["collapse_rate"][f"{rate:g}"], 1) for rate in study.GUARDED_RATES),
         ]
         lines.append("| " + " | ".join(shown) + " |")
     return "\n".join(lines)
+
+
+def _power(rate: float) -> str:
+    return f"{rate:.0e}".replace("e-0", "e-")
 
 
 def _fraction(value: float, digits: int = 3) -> str:
@@ -227,5 +231,5 @@ def _draw(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         axis.set_yticks(range(len(names)), names, fontsize=7)
         axis.set(title=title, xlabel="learning rate")
         figure.colorbar(image, ax=axis, fraction=0.03)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
     plt.close(figure)

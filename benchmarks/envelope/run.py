@@ -25,6 +25,7 @@ from benchmarks.pool import arguments, run_jobs
 from benchmarks.results import Results
 
 HERE = Path(__file__).parent
+PICTURE = HERE.parent.parent / "docs" / "stability_envelope.png"
 SETTINGS = {
     "samples": study.SAMPLES,
     "rollouts": ROLLOUTS,
@@ -72,7 +73,7 @@ def main() -> None:
     if not options.plot:
         base()
         run_all(results, options.jobs, time.monotonic() + 60 * options.minutes)
-    summary = analyse(results.content["cells"], HERE / "envelope.png")
+    summary = analyse(results.content["cells"], PICTURE)
     results.finish(summary)
     print(table(summary))
 
