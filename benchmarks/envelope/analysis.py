@@ -23,6 +23,8 @@ Run = Mapping[str, Any]
 Cells = Mapping[str, Run]
 ENOUGH = 0.9
 """Of the best accuracy of the method without a guard: what a rate of the envelope must reach."""
+CONTROLS = {"budget": "cap", "capo": study.RANDOM}
+"""What a guard must beat, where it is more than the method without a guard."""
 
 
 def level(run: Run, rows: str = "held_out") -> float:
@@ -125,6 +127,7 @@ def analyse(cells: Cells, picture: Path) -> dict[str, Any]:
         by_rate = runs_of(cells, group)
         if by_rate:
             rows[group.group] = _row(cells, group, by_rate)
+            rows[group.group]["over_control"] = _over_control(cells, group, options)
     if rows:
         _draw(rows, picture)
     return {"options": options, "groups": rows}
@@ -167,6 +170,34 @@ def _row(cells: Cells, group: Cell, by_rate: Mapping[float, list[Run]]) -> dict[
             3,
         )
     return row
+
+
+def _over_control(
+    cells: Cells, group: Cell, options: Mapping[str, float | None]
+) -> dict[str, dict[str, Any]]:
+    """Paired differences of accuracy from the control, by rate, over the seeds of both."""
+    name = CONTROLS.get(group.guard, study.NONE)
+    source = "capo" if name == study.RANDOM else name
+    control = replace(group, guard=name, option=options.get(f"{group.method}/{source}"))
+    found = {}
+    for rate in study.LEARNING_RATES:
+        pairs = (
+            [replace(cell, learning_rate=rate, seed=seed).key for cell in (group, control)]
+            for seed in study.ALL
+        )
+        gains = [
+            level(cells[own]) - level(cells[other])
+            for own, other in pairs
+            if own in cells and other in cells
+        ]
+        if gains and group.guard != study.NONE:
+            interval = bootstrap_interval(np.array(gains)[:, None], np.mean)
+            found[f"{rate:g}"] = {
+                "seeds": len(gains),
+                "difference": round(float(np.mean(gains)), 4),
+                "interval": [round(x, 4) for x in interval],
+            }
+    return found
 
 
 def _mean(values: Iterator[float | None]) -> float | None:
