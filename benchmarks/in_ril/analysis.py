@@ -127,10 +127,16 @@ def steps_to(runs: list[Run], wanted: float) -> float | None:
 
 
 def _runs(
-    cells: Cells, task: Task, policy: str, method: str, option: float | None
+    cells: Cells,
+    task: Task,
+    policy: str,
+    method: str,
+    option: float | None,
+    rate: float | None = None,
 ) -> dict[int, Run]:
-    """Finished runs of a group by seed, at the learning rate chosen for RL alone."""
-    rate = chosen_rate(cells, task, policy)
+    """Finished runs of a group by seed, by default at the learning rate chosen for RL alone."""
+    if rate is None:
+        rate = chosen_rate(cells, task, policy)
     found = {}
     for seed in range(task.seeds):
         cell = Cell(task.name, policy, method, rate, seed, option)
@@ -176,6 +182,15 @@ def analyse(cells: Cells, task: Task, folder: Path) -> dict[str, Any]:
             policy: {f"{rate:g}": score for rate, score in screened(cells, task, policy).items()}
             for policy in study.policies(task)
         }
+    highest = max(task.rates["gaussian"])
+    alone = _runs(cells, task, "gaussian", "rl", None, highest)
+    rescued = {
+        Cell(task.name, policy, method, 0.0, 0, option).group: _row(runs, alone)
+        for policy, method, option in groups
+        if policy == "gaussian" and (runs := _runs(cells, task, policy, method, option, highest))
+    }
+    if rescued:
+        chosen["at_highest_rate"] = {"rate": highest, "groups": rescued}
     if task.whole and chosen["learning_rates"]["gaussian"]:
         rate = chosen_rate(cells, task, "gaussian")
         chosen["weights"] = {

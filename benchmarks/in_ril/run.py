@@ -191,6 +191,10 @@ def run_task(results: Results, task: Task, workers: int, deadline: float) -> boo
             methods = study.controls(chosen_ratio(task), chosen_weight(cells, task, rate))
         if not run(study.compared(task, policy, methods, rate)):
             return False
+    if task.whole:
+        rate = chosen_rate(cells, task, "gaussian")
+        saved = study.rescues(chosen_ratio(task), chosen_weight(cells, task, rate))
+        return run(study.compared(task, "gaussian", saved, max(task.rates["gaussian"])))
     return True
 
 

@@ -224,6 +224,12 @@ def controls(ratio: float, weight: float | None) -> tuple[Method, ...]:
     return (*found, ("iteration", 1), *mixed)
 
 
+def rescues(ratio: float, weight: float | None) -> tuple[Method, ...]:
+    """What could save a run at the highest rate, which may be too high for RL alone."""
+    mixed: list[Method] = [] if weight is None else [("mix", weight)]
+    return (("rl", None), ("surgery", ratio), *mixed)
+
+
 def pair(task: Task, policy: str, ratio: float) -> tuple[Method, ...]:
     """RL alone against the chosen m.
 
