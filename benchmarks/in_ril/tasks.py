@@ -144,9 +144,9 @@ POINT_MASS = Task(
     cloning_batch=128,
     rates={
         "gaussian": (1e-3, 3e-3, 1e-2),
-        "residual": (1e-3, 3e-3, 1e-2),
+        "residual": (1e-3, 3e-3, 1e-2, 3e-2),
         "diffusion": (1e-3, 3e-3, 1e-2),
-        "implicit": (1e-4, 3e-4, 1e-3),
+        "implicit": (1e-4, 3e-4, 1e-3, 3e-3),
     },
     tuning_seeds=3,
     seeds=10,
