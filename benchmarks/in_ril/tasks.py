@@ -179,8 +179,8 @@ PEG = Task(
     cloning={"gaussian": 2500, "diffusion": 4000},
     cloning_batch=256,
     rates={
-        "gaussian": (1e-4, 3e-4, 1e-3),
-        "residual": (3e-4, 1e-3),
+        "gaussian": (3e-5, 1e-4, 3e-4, 1e-3),
+        "residual": (1e-4, 3e-4, 1e-3),
         "diffusion": (1e-4, 3e-4),
         "implicit": (1e-4, 3e-4),
     },

@@ -42,6 +42,8 @@ def make_environments(
     if count < 1:
         raise ValueError(f"count is {count}: it must be at least 1")
     options = options or EnvironmentOptions()
+    if name.startswith("holdfast/") and name != point_mass.NAME:
+        raise SimulatorError(f"{name} is no environment of Holdfast; there is {point_mass.NAME}")
     if name == point_mass.NAME:
         if options.keywords:
             raise SimulatorError(f"{name} takes no keywords, but got {', '.join(options.keywords)}")

@@ -53,9 +53,11 @@ def read(folder: Path) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """
     for name in (DESCRIPTION, WEIGHTS):
         if not (folder / name).is_file():
+            inside = folder / "model"  # of a run's directory
+            meant = f" Did you mean {inside}?" if (inside / name).is_file() else ""
             raise ModelError(
                 f"{folder} holds no control policy: {name} is not there. A saved policy is a "
-                f"folder with {DESCRIPTION} and {WEIGHTS}."
+                f"folder with {DESCRIPTION} and {WEIGHTS}.{meant}"
             )
     path = folder / DESCRIPTION
     try:

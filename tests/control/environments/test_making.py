@@ -41,6 +41,11 @@ def test_there_must_be_an_environment():
         make_environments("holdfast/point-mass", 0)
 
 
+def test_a_misspelt_point_mass_leads_to_the_point_mass():
+    with pytest.raises(SimulatorError, match="holdfast/pointmas is no .* holdfast/point-mass"):
+        make_environments("holdfast/pointmas", 1)
+
+
 def test_where_there_is_no_expert_it_says_where_there_is_one():
     with pytest.raises(SimulatorError, match="no scripted expert for Hopper-v5.*metaworld"):
         scripted_expert("Hopper-v5")

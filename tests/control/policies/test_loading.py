@@ -119,6 +119,12 @@ def test_a_missing_folder_is_named(tmp_path):
         load_policy(tmp_path / "nowhere")
 
 
+def test_a_run_directory_leads_to_the_policy_in_it(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run" / "model")
+    with pytest.raises(ModelError, match=r"Did you mean .*run/model\?"):
+        load_policy(tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "3", '{"format": 1}', '{"format": 1, "kind": "x"}']
 )
