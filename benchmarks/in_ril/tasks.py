@@ -180,8 +180,8 @@ PEG = Task(
     cloning_batch=256,
     rates={
         "gaussian": (3e-5, 1e-4, 3e-4, 1e-3),
-        "residual": (1e-4, 3e-4, 1e-3),
-        "diffusion": (1e-4, 3e-4),
+        "residual": (1e-4, 3e-4, 1e-3, 3e-3),
+        "diffusion": (1e-4, 3e-4, 1e-3),
         "implicit": (1e-4, 3e-4),
     },
     tuning_seeds=2,
