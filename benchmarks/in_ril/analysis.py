@@ -158,7 +158,7 @@ def _groups(cells: Cells, task: Task) -> Iterator[tuple[str, str, float | None]]
     ]  # fmt: skip
     for policy in study.POLICIES:
         for method, option in known:
-            if Cell(task.name, policy, method, 0.0, 0, option).group in reported:
+            if _name(task, policy, method, option) in reported:
                 yield policy, method, option
 
 
@@ -169,10 +169,10 @@ def analyse(cells: Cells, task: Task, folder: Path) -> dict[str, Any]:
     """A row for every group, and a picture into ``folder``."""
     groups = list(_groups(cells, task))
     rows = {
-        Cell(task.name, policy, method, 0.0, 0, option).group: _row(
-            _runs(cells, task, policy, method, option), _runs(cells, task, policy, "rl", None)
+        _name(task, *group): _row(
+            _runs(cells, task, *group), _runs(cells, task, group[0], "rl", None)
         )
-        for policy, method, option in groups
+        for group in groups
     }
     if rows:
         _draw(cells, task, groups, rows, folder / f"{task.name}.png")
@@ -185,9 +185,9 @@ def analyse(cells: Cells, task: Task, folder: Path) -> dict[str, Any]:
     highest = max(task.rates["gaussian"])
     alone = _runs(cells, task, "gaussian", "rl", None, highest)
     rescued = {
-        Cell(task.name, policy, method, 0.0, 0, option).group: _row(runs, alone)
-        for policy, method, option in groups
-        if policy == "gaussian" and (runs := _runs(cells, task, policy, method, option, highest))
+        _name(task, *group): _row(runs, alone)
+        for group in groups
+        if group[0] == "gaussian" and (runs := _runs(cells, task, *group, rate=highest))
     }
     if rescued:
         chosen["at_highest_rate"] = {"rate": highest, "groups": rescued}
@@ -221,8 +221,7 @@ def _row(runs: dict[int, Run], alone: dict[int, Run]) -> dict[str, Any]:
         "seconds": float(np.mean([run["seconds"] for run in found])),
     }
     if both:  # Both start from the same policy.
-        gain = np.array([level(runs[seed]) - level(alone[seed]) for seed in both])
-        row |= _interval("over_rl", gain)
+        row |= _interval("over_rl", _gains(runs, alone))
         wanted = float(middle(np.array([level(alone[seed]) for seed in both])))
         steps = steps_to([runs[seed] for seed in both], wanted)
         own = steps_to([alone[seed] for seed in both], wanted)
@@ -233,6 +232,21 @@ def _row(runs: dict[int, Run], alone: dict[int, Run]) -> dict[str, Any]:
         names = geometry[0]
         row["geometry"] = {name: float(np.mean([g[name] for g in geometry])) for name in names}
     return row
+
+
+def _gains(runs: dict[int, Run], alone: dict[int, Run]) -> NDArray[np.float64]:
+    return np.array([level(runs[seed]) - level(alone[seed]) for seed in runs if seed in alone])
+
+
+def gains(cells: Cells, task: Task, group: str) -> NDArray[np.float64]:
+    """Final scores less those of RL alone on the same seeds."""
+    policy, method, option = next(g for g in _groups(cells, task) if _name(task, *g) == group)
+    runs = _runs(cells, task, policy, method, option)
+    return _gains(runs, _runs(cells, task, policy, "rl", None))
+
+
+def _name(task: Task, policy: str, method: str, option: float | None) -> str:
+    return Cell(task.name, policy, method, 0.0, 0, option).group
 
 
 def _interval(name: str, values: NDArray[np.float64]) -> dict[str, Any]:
