@@ -145,7 +145,7 @@ def _runs(
     return found
 
 
-def _groups(cells: Cells, task: Task) -> Iterator[tuple[str, str, float | None]]:
+def groups_of(cells: Cells, task: Task) -> Iterator[tuple[str, str, float | None]]:
     """All groups with a finished run, in the order of the study."""
     reported = {
         key.rsplit("/", 2)[0] for key in cells if int(key.rsplit("seed", 1)[1]) < study.TUNING
@@ -167,7 +167,7 @@ def _groups(cells: Cells, task: Task) -> Iterator[tuple[str, str, float | None]]
 
 def analyse(cells: Cells, task: Task, folder: Path) -> dict[str, Any]:
     """A row for every group, and a picture into ``folder``."""
-    groups = list(_groups(cells, task))
+    groups = list(groups_of(cells, task))
     rows = {
         _name(task, *group): _row(
             _runs(cells, task, *group), _runs(cells, task, group[0], "rl", None)
@@ -204,7 +204,7 @@ def analyse(cells: Cells, task: Task, folder: Path) -> dict[str, Any]:
 def _row(runs: dict[int, Run], alone: dict[int, Run]) -> dict[str, Any]:
     found = list(runs.values())
     finals = np.array([level(run) for run in found])
-    both = [seed for seed in runs if seed in alone]
+    both = [seed for seed in runs if seed in alone]  # which start from the same policy
     row: dict[str, Any] = {
         "seeds": len(found),
         "start": float(middle(np.array([run["score"][0] for run in found]))),
@@ -220,7 +220,7 @@ def _row(runs: dict[int, Run], alone: dict[int, Run]) -> dict[str, Any]:
         "environment_steps": float(np.mean([run["environment_steps"][-1] for run in found])),
         "seconds": float(np.mean([run["seconds"] for run in found])),
     }
-    if both:  # Both start from the same policy.
+    if both:
         row |= _interval("over_rl", _gains(runs, alone))
         wanted = float(middle(np.array([level(alone[seed]) for seed in both])))
         steps = steps_to([runs[seed] for seed in both], wanted)
@@ -238,9 +238,10 @@ def _gains(runs: dict[int, Run], alone: dict[int, Run]) -> NDArray[np.float64]:
     return np.array([level(runs[seed]) - level(alone[seed]) for seed in runs if seed in alone])
 
 
-def gains(cells: Cells, task: Task, group: str) -> NDArray[np.float64]:
-    """Final scores less those of RL alone on the same seeds."""
-    policy, method, option = next(g for g in _groups(cells, task) if _name(task, *g) == group)
+def gains(
+    cells: Cells, task: Task, policy: str, method: str, option: float | None
+) -> NDArray[np.float64]:
+    """Final scores of a group less those of RL alone on the same seeds."""
     runs = _runs(cells, task, policy, method, option)
     return _gains(runs, _runs(cells, task, policy, "rl", None))
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.in_ril.analysis import HERE, gains, middle
+from benchmarks.in_ril.analysis import HERE, gains, groups_of, middle
 from benchmarks.in_ril.study import POLICIES
 from benchmarks.in_ril.tasks import TASKS, Task
 
@@ -34,11 +34,15 @@ def lines(rows: Rows, digits: int, *, before: str = "", after: str = "") -> Iter
     """A line of a table for every group."""
     for group, row in rows.items():
         own = group.endswith("/rl")
-        if row.get("steps_to_rl_final") is None:
-            steps = "never"
-        else:
-            share = row["share_of_rl_steps"]
-            steps = "from the start" if share is None else f"{share:.2f}"
+        match row.get("steps_to_rl_final"), row.get("share_of_rl_steps"):
+            case None, _:
+                steps = "never"
+            case 0.0, _:
+                steps = "from the start"
+            case _, None:  # The middle curve of RL alone stays below its own final level.
+                steps = "not known"
+            case _, share:
+                steps = f"{share:.2f}"
         cells = [
             f"{before}{group}{after}",
             str(row["seeds"]),
@@ -70,10 +74,10 @@ def pooled(found: Mapping[str, Mapping[str, Any]], tasks: Iterable[Task]) -> Ite
     for policy in POLICIES[1:]:
         strata = []
         for task in tasks:
-            groups = found[task.name]["summary"].get("groups", {}) if task.name in found else {}
-            for group in groups:
-                if group.startswith(tuple(f"{policy}/{name}" for name in TOGETHER)):
-                    strata.append(gains(found[task.name]["cells"], task, group))
+            cells = found[task.name]["cells"] if task.name in found else {}
+            for group in groups_of(cells, task):
+                if group[0] == policy and group[1] in TOGETHER:
+                    strata.append(gains(cells, task, *group))
         if strata:
             runs = sum(map(len, strata))
             text = figure(stratified(strata), "gain", 2)

@@ -81,7 +81,7 @@ def test_groups_are_compared_with_rl_alone_on_the_same_seeds_at_its_own_rate(cel
     # RL alone rises .35 in its first 100 steps, with surgery .45.
     assert both["share_of_rl_steps"] == pytest.approx(0.35 / 0.45)
     assert both["imitation_highest"] == pytest.approx(0.5)
-    assert gains(cells, TASK, "gaussian/surgery-5") == pytest.approx([0.1] * 4)
+    assert gains(cells, TASK, "gaussian", "surgery", 5) == pytest.approx([0.1] * 4)
     rescued = analysed["at_highest_rate"]["groups"]
     assert rescued["gaussian/rl"]["collapse_rate"] == 1.0
     assert rescued["gaussian/surgery-5"]["over_rl"] == pytest.approx(0.6)
