@@ -1,4 +1,4 @@
-"""What the finished cells say: learning rates, the ratio, a table of methods, and a figure."""
+"""What the finished cells say: learning rates, the ratio, and a table of methods."""
 
 from __future__ import annotations
 
@@ -8,12 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import numpy as np
-from matplotlib import pyplot as plt
 from numpy.typing import NDArray
 from scipy.stats import trim_mean
 
@@ -71,7 +66,7 @@ def chosen_ratio(task: Task) -> float:
     cells = _finished(swept_on)
     levels = {}
     for m in study.RATIOS:
-        runs = _runs(cells, swept_on, "gaussian", "surgery", m) if cells else {}
+        runs = runs_of(cells, swept_on, "gaussian", "surgery", m) if cells else {}
         if runs:
             levels[m] = middle(np.array([level(run) for run in runs.values()]))
     if not levels:
@@ -126,7 +121,7 @@ def steps_to(runs: list[Run], wanted: float) -> float | None:
     return float(steps[last - 1] + share * (steps[last] - steps[last - 1]))
 
 
-def _runs(
+def runs_of(
     cells: Cells,
     task: Task,
     policy: str,
@@ -162,20 +157,18 @@ def groups_of(cells: Cells, task: Task) -> Iterator[tuple[str, str, float | None
                 yield policy, method, option
 
 
-# Tables and pictures ------------------------------------------------------------------------------
+# Tables -------------------------------------------------------------------------------------------
 
 
-def analyse(cells: Cells, task: Task, folder: Path) -> dict[str, Any]:
-    """A row for every group, and a picture into ``folder``."""
+def analyse(cells: Cells, task: Task) -> dict[str, Any]:
+    """A row for every group, and what was chosen."""
     groups = list(groups_of(cells, task))
     rows = {
         _name(task, *group): _row(
-            _runs(cells, task, *group), _runs(cells, task, group[0], "rl", None)
+            runs_of(cells, task, *group), runs_of(cells, task, group[0], "rl", None)
         )
         for group in groups
     }
-    if rows:
-        _draw(cells, task, groups, rows, folder / f"{task.name}.png")
     chosen: dict[str, Any] = {}
     if task.tuned_on == task.name:
         chosen["learning_rates"] = {
@@ -183,11 +176,11 @@ def analyse(cells: Cells, task: Task, folder: Path) -> dict[str, Any]:
             for policy in study.policies(task)
         }
     highest = max(task.rates["gaussian"])
-    alone = _runs(cells, task, "gaussian", "rl", None, highest)
+    alone = runs_of(cells, task, "gaussian", "rl", None, highest)
     rescued = {
         _name(task, *group): _row(runs, alone)
         for group in groups
-        if group[0] == "gaussian" and (runs := _runs(cells, task, *group, rate=highest))
+        if group[0] == "gaussian" and (runs := runs_of(cells, task, *group, rate=highest))
     }
     if rescued:
         chosen["at_highest_rate"] = {"rate": highest, "groups": rescued}
@@ -242,8 +235,8 @@ def gains(
     cells: Cells, task: Task, policy: str, method: str, option: float | None
 ) -> NDArray[np.float64]:
     """Final scores of a group less those of RL alone on the same seeds."""
-    runs = _runs(cells, task, policy, method, option)
-    return _gains(runs, _runs(cells, task, policy, "rl", None))
+    runs = runs_of(cells, task, policy, method, option)
+    return _gains(runs, runs_of(cells, task, policy, "rl", None))
 
 
 def _name(task: Task, policy: str, method: str, option: float | None) -> str:
@@ -254,58 +247,3 @@ def _interval(name: str, values: NDArray[np.float64]) -> dict[str, Any]:
     statistic: Callable[[NDArray[np.float64]], Any] = lambda rows: middle(rows)[0]  # noqa: E731
     interval = bootstrap_interval(values[:, None], statistic)
     return {name: float(middle(values)), f"{name}_interval": interval}
-
-
-def _draw(
-    cells: Cells,
-    task: Task,
-    groups: list[tuple[str, str, float | None]],
-    rows: Mapping[str, Mapping[str, Any]],
-    path: Path,
-) -> None:
-    """Success over environment steps by kind of method, imitation loss, and final levels."""
-    figure, axes = plt.subplots(2, 3, figsize=(16, 9), constrained_layout=True)
-    panels = {
-        "m": ("surgery", "root", "balance"),
-        "how the two are kept apart": ("alternate", "iteration", "sum", "mix"),
-        "what is imitated": ("random", "noise"),
-    }
-    plain = [group for group in groups if group[0] == "gaussian"]
-    for axis, (title, methods) in zip(axes.flat[:3], panels.items(), strict=True):
-        for _, method, option in plain:
-            if method in methods or method == "rl":
-                _curve(axis, cells, task, ("gaussian", method, option), "score")
-        axis.set(title=title, ylabel=task.score)
-    for _, method, option in plain:
-        if method in ("rl", "alternate", "surgery"):
-            _curve(axes[1, 0], cells, task, ("gaussian", method, option), "imitation")
-    axes[1, 0].set(title="imitation of held-out demonstrations", ylabel="loss", yscale="log")
-    for group in groups:
-        if group[0] != "gaussian":
-            _curve(axes[1, 1], cells, task, group, "score")
-    axes[1, 1].set(title="residual PPO, DPPO, IDQL", ylabel=task.score)
-    for axis in axes.flat[:5]:
-        axis.set_xlabel("environment steps")
-        if axis.has_data():
-            axis.legend(fontsize=7)
-    names = list(rows)[::-1]
-    finals = [rows[name]["final"] for name in names]
-    ends = np.array([rows[name]["final_interval"] for name in names]).T
-    axes[1, 2].errorbar(finals, names, xerr=np.abs(ends - finals), fmt="o", color="#4e79a7")
-    axes[1, 2].set(title=f"final {task.score}", xlabel="interquartile mean, 95 %")
-    axes[1, 2].tick_params(labelsize=7)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def _curve(
-    axis: Any, cells: Cells, task: Task, group: tuple[str, str, float | None], name: str
-) -> None:
-    policy, method, option = group
-    runs = list(_runs(cells, task, policy, method, option).values())
-    cell = Cell(task.name, policy, method, 0.0, 0, option)
-    steps = np.mean([run["environment_steps"] for run in runs], axis=0)
-    style: dict[str, Any] = {"label": cell.label if policy == "gaussian" else cell.group}
-    if method == "rl" and policy == "gaussian":
-        style |= {"color": "black", "linewidth": 2.5}
-    axis.plot(steps, middle(np.array([run[name] for run in runs])), **style)

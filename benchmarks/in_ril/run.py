@@ -23,6 +23,7 @@ from torch import Tensor
 
 from benchmarks.in_ril import noise, study
 from benchmarks.in_ril.analysis import analyse, chosen_rate, chosen_ratio, chosen_weight
+from benchmarks.in_ril.picture import draw
 from benchmarks.in_ril.prepare import HERE, RUNS, base, demonstrations
 from benchmarks.in_ril.study import Cell
 from benchmarks.in_ril.tasks import TASKS, Task
@@ -211,7 +212,10 @@ def main() -> None:
             demonstrations(task)
             run_task(results, task, options.jobs, deadline)
         if results.content["cells"]:
-            results.finish(analyse(results.content["cells"], task, HERE))
+            summary = analyse(results.content["cells"], task)
+            if summary["groups"]:
+                draw(results.content["cells"], task, summary["groups"], HERE)
+            results.finish(summary)
 
 
 if __name__ == "__main__":

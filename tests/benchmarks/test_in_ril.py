@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.in_ril.analysis import analyse, collapsed, gains, level, steps_to
+from benchmarks.in_ril.picture import draw, panels
 from benchmarks.in_ril.study import Cell
 from benchmarks.in_ril.table import figure, lines, stratified
 from benchmarks.in_ril.tasks import POINT_MASS, TASKS
@@ -48,11 +49,8 @@ def cells():
 
 
 @pytest.fixture(scope="module")
-def analysed(cells, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("study")
-    found = analyse(cells, TASK, folder)
-    assert (folder / f"{TASK.name}.png").stat().st_size > 0
-    return found
+def analysed(cells):
+    return analyse(cells, TASK)
 
 
 def test_a_level_is_the_mean_of_the_last_three_evaluations():
@@ -105,3 +103,13 @@ def test_gains_of_several_tasks_are_pooled_within_their_tasks():
     assert low == pytest.approx(0.15) and high == pytest.approx(0.2)
     assert figure({"x": -0.5, "x_interval": [-1.0, 0.25]}, "x", 2) == "−0.50 [−1.00, 0.25]"
     assert figure({}, "x", 2) == ""
+
+
+def test_a_picture_has_the_panels_with_something_to_compare(cells, analysed, tmp_path):
+    found = {panel.title: curves for panel, curves in panels(cells, TASK)}
+    assert list(found) == ["m", "at the highest learning rate", "held-out demonstrations"]
+    (_, alone, _), (_, surgery, style) = found["m"]
+    assert style["label"] == "surgery-5"
+    np.testing.assert_allclose(surgery - alone, [0, 0.1, 0.1, 0.1])
+    draw(cells, TASK, analysed["groups"], tmp_path)
+    assert (tmp_path / f"{TASK.name}.png").stat().st_size > 0
