@@ -16,7 +16,7 @@ MIXED = (0.1, 0.5, 0.9)
 SEPARATED = 1e-4
 """Learning rate of a base that imitation alone trains on, under a residual network."""
 CRITIC = 2.0
-"""Learning rate of the critic, in units of the policy's."""
+"""Learning rate of the critic on rollouts, in units of the policy's."""
 FINE_TUNED = 4
 """Denoising steps that DPPO trains, of eight."""
 TUNING = 100
@@ -81,9 +81,9 @@ class Cell:
         task = TASKS[self.task]
         critic = {"critic": {"hidden": list(task.critic_hidden), "activation": "relu"}}
         policy: dict[str, Any] = {"kind": "saved", "model_name_or_path": str(base)}
-        rates = {name: CRITIC * self.learning_rate for name in ("critic", "q")}
-        if self.policy != "implicit":
-            del rates["q"]
+        rates = {"critic": CRITIC * self.learning_rate}
+        if self.policy == "implicit":
+            rates = dict.fromkeys(("critic", "q"), task.replay.critic * self.learning_rate)
         if self.policy == "residual":
             std = task.std / task.scale
             policy = {

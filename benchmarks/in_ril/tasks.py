@@ -17,10 +17,13 @@ class Replay:
         Chunks collected at a time in each environment; divides ``Task.steps``.
     updates : int
         Optimiser steps before more is collected.
+    critic : float
+        Learning rate of the critics, in units of the policy's.
     """
 
     steps: int
     updates: int
+    critic: float
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ POINT_MASS = Task(
     steps=24,
     batch_size=512,
     epochs=6,
-    replay=Replay(steps=6, updates=16),
+    replay=Replay(steps=6, updates=16, critic=2.0),
     rounds=50,
     every=5,
     episodes=192,
@@ -166,7 +169,7 @@ PEG = Task(
     steps=50,
     batch_size=200,
     epochs=8,
-    replay=Replay(steps=10, updates=24),
+    replay=Replay(steps=10, updates=24, critic=2.0),
     rounds=45,
     every=5,
     episodes=32,
@@ -199,11 +202,12 @@ HOPPER = replace(
     medium=1200.0,
     steps=125,
     batch_size=500,
-    replay=Replay(steps=25, updates=60),
+    replay=Replay(steps=25, updates=60, critic=10.0),
     rounds=30,
     episodes=16,
     std=0.2,
     scale=0.4,
+    rates={**PEG.rates, "implicit": (3e-5, 1e-4, 3e-4)},
     time_limit=None,
     whole=False,
     tuned_on="hopper",
