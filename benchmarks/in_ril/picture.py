@@ -64,7 +64,7 @@ def panels(cells: Cells, task: Task) -> list[tuple[Panel, list[Curve]]]:
 def draw(cells: Cells, task: Task, rows: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
     """All panels, and final levels with their intervals, as ``NAME.png``."""
     drawn = panels(cells, task)
-    columns = min(3, len(drawn) + 1)
+    columns = 3 if len(drawn) > 3 else 2
     lines = -(-(len(drawn) + 1) // columns)
     size = (16 * columns / 3, 4.2 * lines)
     figure, grid = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
