@@ -117,21 +117,22 @@ def _medium(task: Task) -> Act:
 
 
 def base(task: Task, policy: str, seed: int) -> Path:
-    """The policy that a run starts from: cloned once for each kind and seed."""
-    kind = "diffusion" if policy in ("diffusion", "implicit") else "gaussian"
-    folder = RUNS / task.name / f"{kind}-{seed}"
+    """The policy that a run starts from: cloned once for each seed."""
+    name = "gaussian" if policy == "residual" else policy
+    folder = RUNS / task.name / f"{name}-{seed}"
     if folder.exists():
         return folder
+    updates = task.cloning["gaussian" if name == "gaussian" else "diffusion"]
     values = {
         "name": "base",
-        "policy": cloned(task, kind),
+        "policy": cloned(task, policy),
         "objectives": {"il": imitation(task, demonstrations(task)[0])},
         "schedule": {"kind": "mix", "weights": {"il": 1.0}},
         "training": {
-            "max_steps": task.cloning[kind],
+            "max_steps": updates,
             "learning_rate": LEARNING_RATE,
             "lr_scheduler_type": "cosine",
-            "eval_steps": task.cloning[kind],
+            "eval_steps": updates,
             "seed": seed,
         },
     }

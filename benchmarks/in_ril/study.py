@@ -170,16 +170,17 @@ class Cell:
         return fixed | {"combine": True}, surgery
 
 
-def cloned(task: Task, kind: str) -> dict[str, Any]:
-    """A policy before it is cloned."""
-    values = {"kind": kind, "horizon": 4, "activation": "relu"}
-    if kind == "gaussian":
-        return values | {"hidden": list(task.hidden), "std": task.std}
+def cloned(task: Task, policy: str) -> dict[str, Any]:
+    """What one of ``POLICIES`` starts from, before it is cloned."""
+    values = {"horizon": 4, "activation": "relu"}
+    if policy in ("gaussian", "residual"):
+        return values | {"kind": "gaussian", "hidden": list(task.hidden), "std": task.std}
     return values | {
+        "kind": "diffusion",
         "hidden": list(task.diffusion_hidden),
         "steps": 2 * FINE_TUNED,
         "fine_tuned_steps": FINE_TUNED,
-        "min_sampling_std": task.std,
+        "min_sampling_std": task.replay.std if policy == "implicit" else task.std,
         "min_log_prob_std": task.std,
     }
 
