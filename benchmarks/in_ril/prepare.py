@@ -117,15 +117,16 @@ def _medium(task: Task) -> Act:
 
 
 def base(task: Task, policy: str, seed: int) -> Path:
-    """The policy that a run starts from: cloned once for each seed."""
+    """The policy that a run starts from: cloned once for each seed; a residual's is Gaussian."""
     name = "gaussian" if policy == "residual" else policy
     folder = RUNS / task.name / f"{name}-{seed}"
     if folder.exists():
         return folder
-    updates = task.cloning["gaussian" if name == "gaussian" else "diffusion"]
+    start = cloned(task, policy)
+    updates = task.cloning[start["kind"]]
     values = {
         "name": "base",
-        "policy": cloned(task, policy),
+        "policy": start,
         "objectives": {"il": imitation(task, demonstrations(task)[0])},
         "schedule": {"kind": "mix", "weights": {"il": 1.0}},
         "training": {

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.in_ril.analysis import analyse, collapsed, gains, level, steps_to
 from benchmarks.in_ril.picture import draw, panels
-from benchmarks.in_ril.study import Cell
+from benchmarks.in_ril.study import Cell, cloned
 from benchmarks.in_ril.table import figure, lines, stratified
 from benchmarks.in_ril.tasks import POINT_MASS, TASKS
 
@@ -113,3 +113,12 @@ def test_a_picture_has_the_panels_with_something_to_compare(cells, analysed, tmp
     np.testing.assert_allclose(surgery - alone, [0, 0.1, 0.1, 0.1])
     draw(cells, TASK, analysed["groups"], tmp_path)
     assert (tmp_path / f"{TASK.name}.png").stat().st_size > 0
+
+
+def test_idql_explores_with_a_deviation_of_its_own():
+    task = replace(TASK, replay=replace(TASK.replay, std=0.07))
+    idql, dppo = (cloned(task, policy) for policy in ("implicit", "diffusion"))
+    assert idql.pop("min_sampling_std") == 0.07
+    assert dppo.pop("min_sampling_std") == TASK.std
+    assert idql == dppo
+    assert cloned(task, "residual") == cloned(task, "gaussian")
