@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-import torch
-
 from holdfast import schema
 from holdfast.control.actor_critic import ActorCritic
 from holdfast.control.cloning import CloningLoss, cloning_loss_of
@@ -320,10 +318,16 @@ def _replay(
 
 def _check_sparse(name: str, demonstrations: Demonstrations) -> None:
     for number, episode in enumerate(demonstrations):
-        rewards = torch.from_numpy(episode.rewards)
-        if bool(((rewards != 0) & (rewards != 1)).any()):
+        if episode.rewards is None:
+            continue  # Refused when transitions are made of it.
+        found = None
+        if ((episode.rewards != 0) & (episode.rewards != 1)).any():
+            found = "rewards other than 0 and 1"
+        elif episode.success and not episode.rewards.any():
+            found = "a success, but no reward"
+        if found is not None:
             raise DataError(
-                f"objectives.{name}.data: {demonstrations.source}, episode {number} has rewards "
-                "other than 0 and 1, but environment.sparse is true: critics would learn from two "
-                "rewards at once. Record the demonstrations with --sparse, or leave data out."
+                f"objectives.{name}.data: {demonstrations.source}, episode {number} has {found}, "
+                "while environment.sparse is true: critics would learn from two rewards at once. "
+                "Record the demonstrations with --sparse, or leave data out."
             )

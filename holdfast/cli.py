@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -193,7 +194,8 @@ def list_() -> None:
 
     recipes = Table("recipe", "what it shows", title=f"shipped recipes ({SHIPPED.name}/)")
     for name, path in shipped_recipes().items():
-        recipes.add_row(name, yaml.safe_load(path.read_text("utf-8")).get("description", ""))
+        described = yaml.safe_load(path.read_text("utf-8")).get("description", "")
+        recipes.add_row(name, escape(described))
     console.print(recipes)
     kinds = Table("part", "kind", "what it is")
     for part, known in (
@@ -216,8 +218,8 @@ def list_() -> None:
         ("imitation", schema.kinds(schema.ImitationSpec)),
     ):
         for spec in known:
-            kinds.add_row(part, ", ".join(schema.names_of(spec)), spec.__doc__)
-    kinds.add_row("combiner", ", ".join(METHODS), schema.CombinerSpec.__doc__)
+            kinds.add_row(part, ", ".join(schema.names_of(spec)), escape(spec.__doc__ or ""))
+    kinds.add_row("combiner", ", ".join(METHODS), escape(schema.CombinerSpec.__doc__ or ""))
     console.print(kinds)
 
 

@@ -149,6 +149,7 @@ def test_list_names_everything_that_there_is(call, monkeypatch):
     kinds = ["nll", "dpo", "language", "sequential", "mix", "alright", "maxright", "tripwires"]
     for name in [*shipped_recipes(), *kinds, "safe", "solve_rate_gate"]:
         assert f" {name} " in answer.out
+    assert "[control]" in answer.out  # Brackets are no markup.
     assert all(method in answer.out for method in METHODS)
 
 

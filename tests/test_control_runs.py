@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -69,6 +70,12 @@ def demos(tmp_path_factory) -> Path:
     found = record(scripted_expert(NAME), worlds, 2, seed=1)
     dense = tuple(replace(each, rewards=each.rewards - 0.5) for each in found)
     write_demonstrations(replace(found, episodes=dense), path.with_name("dense.npz"))
+    for name, rewards in (("silent", None), ("unpaid", np.zeros(1000, dtype=np.float32))):
+        other = tuple(
+            replace(each, rewards=None if rewards is None else rewards[: len(each)])
+            for each in found
+        )
+        write_demonstrations(replace(found, episodes=other), path.with_name(f"{name}.npz"))
     options = {k: v for k, v in DIFFUSION.items() if k not in ("kind", "critic")}
     sizes = worlds.observation_size, worlds.action_size
     DiffusionPolicy(*sizes, seed=1, **options).save_pretrained(path.with_name("diffusion"))
@@ -80,7 +87,8 @@ def demos(tmp_path_factory) -> Path:
 def write(tmp_path, demos, monkeypatch):
     monkeypatch.setenv("HOLDFAST_CACHE", str(tmp_path / "cache"))
     shutil.copy(demos, tmp_path / "demos.npz")
-    shutil.copy(demos.with_name("dense.npz"), tmp_path / "dense.npz")
+    for name in ("dense", "silent", "unpaid"):
+        shutil.copy(demos.with_name(f"{name}.npz"), tmp_path / f"{name}.npz")
     for policy in ("diffusion", "other"):
         shutil.copytree(demos.with_name(policy), tmp_path / policy)
 
@@ -349,6 +357,18 @@ def _resumes(write, policy, schedule, objectives):
             {"rl": {**IDQL, "data": {"path": "dense.npz"}}},
             DataError,
             "episode 0 has rewards other than 0 and 1",
+        ),
+        (
+            GAUSSIAN,
+            {"rl": {**IDQL, "data": {"path": "silent.npz"}}},
+            DataError,
+            "silent.npz, episode 0 has no rewards",
+        ),
+        (
+            GAUSSIAN,
+            {"rl": {**IDQL, "data": {"path": "unpaid.npz"}}},
+            DataError,
+            "episode 0 has a success, but no reward",
         ),
         (
             {**DIFFUSION, "fine_tuned_steps": 9},

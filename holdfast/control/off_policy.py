@@ -29,7 +29,8 @@ class ImplicitQ:
 
     Hansen-Estruch et al., "IDQL: Implicit Q-Learning as an Actor-Critic Method with Diffusion
     Policies". The three losses are of networks that share nothing, so their sum is one step of
-    each. The clone is unweighted; what is better is chosen when it acts (see
+    each; where gradients are clipped, they are clipped as one. The clone is unweighted; what is
+    better is chosen when it acts (see
     :class:`~holdfast.control.policies.ImplicitPolicy`). With a temperature it is advantage-weighted
     cloning (AWC): each chunk by ``min(exp((Q - V) / temperature), cap)``, and the clone acts itself
     (Kostrikov et al., "Offline Reinforcement Learning with Implicit Q-Learning", equation 7).

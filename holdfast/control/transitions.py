@@ -31,11 +31,16 @@ def transitions(demonstrations: Demonstrations, *, history: int, horizon: int) -
     Raises
     ------
     DataError
-        If that leaves out all.
+        If that leaves out all, or an episode has no rewards.
     """
     chunks = Chunks(demonstrations, history=history, horizon=horizon)
     after, rewards, terminated, known = [], [], [], []
-    for episode in demonstrations:
+    for number, episode in enumerate(demonstrations):
+        if episode.rewards is None:
+            raise DataError(
+                f"{demonstrations.source}, episode {number} has no rewards, and there is nothing "
+                "else for critics to learn from. Name demonstrations that have them."
+            )
         steps = len(episode)
         ends = np.minimum(np.arange(steps) + horizon, steps)
         seen = np.concatenate(

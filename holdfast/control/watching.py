@@ -299,7 +299,9 @@ def _obstacle(demonstrations: Demonstrations, episode: Episode) -> str:
 
 def _caption(name: str, episode: Episode) -> str:
     outcome = {True: "success, ", False: "no success, ", None: ""}[episode.success]
-    return f"{name}: {outcome}return {episode.total_reward:.4g}, {len(episode)} steps"
+    total = episode.total_reward
+    earned = "" if total is None else f"return {total:.4g}, "
+    return f"{name}: {outcome}{earned}{len(episode)} steps"
 
 
 def _scaled(frame: Picture) -> Image:

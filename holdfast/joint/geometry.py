@@ -68,10 +68,13 @@ class Geometry:
         The objectives of the turn, in its order.
     gram : tuple of tuple of float, ``(objectives, objectives)``
         ``gram[i][j]`` is the inner product of gradients ``i`` and ``j``.
+    overlaps : bool
+        Whether there is any parameter that all of them are of. If not, ``gram`` is 0.
     """
 
     names: tuple[str, ...]
     gram: tuple[tuple[float, ...], ...]
+    overlaps: bool = True
 
     @classmethod
     def of(cls, gradients: Mapping[str, Gradient]) -> Geometry:
@@ -83,7 +86,8 @@ class Geometry:
         products = inner_products([(parts[i], parts[j]) for i, j in upper])
         known = dict(zip(upper, products, strict=True))
         size = range(len(names))
-        return cls(names, tuple(tuple(known[min(i, j), max(i, j)] for j in size) for i in size))
+        gram = tuple(tuple(known[min(i, j), max(i, j)] for j in size) for i in size)
+        return cls(names, gram, any(mask))
 
     @property
     def norms(self) -> dict[str, float]:
@@ -102,7 +106,8 @@ class Geometry:
         }
 
     def as_record(self) -> dict[str, Any]:
-        return {"norms": self.norms, "cosines": self.cosines}
+        """What a record holds; nothing where gradients have no parameter in common."""
+        return {"norms": self.norms, "cosines": self.cosines} if self.overlaps else {}
 
 
 def smoothed(old: float | None, new: float, smoothing: float) -> float:

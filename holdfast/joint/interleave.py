@@ -78,6 +78,8 @@ class Interleave:
             if ratio != math.inf:
                 turns = _turns_left(ratio, unit, combine)
                 self.cycle = [(together, 1), ({second: 1.0}, turns)]
+        elif not isinstance(first, Mapping):
+            raise ValueError(f"first is {first!r}: it must be a name, or counts by name")
         else:
             beside = (second, ratio, updates_per_iteration)
             if combine or every != "update" or any(value is not None for value in beside):
@@ -268,14 +270,16 @@ def check_counts(counts: Mapping[str, int]) -> dict[str, int]:
     Raises
     ------
     ValueError
-        If there are none, or one is below 1.
+        If there are none, or one is not a whole number of at least 1.
     """
     if not counts:
         raise ValueError("counts is empty: name at least one objective")
     for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"counts[{name!r}] is {count}: it must be at least 1")
-    return dict(counts)
+        if not _whole(count):
+            raise ValueError(
+                f"counts[{name!r}] is {count!r}: it must be a whole number of at least 1"
+            )
+    return {name: int(count) for name, count in counts.items()}
 
 
 def check_ratio(ratio: float) -> None:
@@ -285,8 +289,8 @@ def check_ratio(ratio: float) -> None:
     ------
     ValueError
     """
-    if not (ratio >= 1 and (ratio == math.inf or ratio == int(ratio))):
-        raise ValueError(f"ratio is {ratio}: it must be a whole number of at least 1, or inf")
+    if not (_whole(ratio) or ratio == math.inf):
+        raise ValueError(f"ratio is {ratio!r}: it must be a whole number of at least 1, or inf")
 
 
 def turns_per_unit(every: Every, updates_per_iteration: int | None) -> int:
@@ -306,12 +310,18 @@ def turns_per_unit(every: Every, updates_per_iteration: int | None) -> int:
                 "does not use it"
             )
         return 1
-    if updates_per_iteration is None or updates_per_iteration < 1:
+    if not _whole(updates_per_iteration):
         raise ValueError(
-            f"updates_per_iteration is {updates_per_iteration}: with every iteration it must be "
-            "at least 1"
+            f"updates_per_iteration is {updates_per_iteration!r}: with every iteration it must be "
+            "a whole number of at least 1"
         )
-    return updates_per_iteration
+    assert updates_per_iteration is not None
+    return int(updates_per_iteration)
+
+
+def _whole(value: Any) -> bool:
+    """Whether it is a whole number of at least 1."""
+    return isinstance(value, int | float) and 1 <= value < math.inf and value == int(value)
 
 
 def _turns_left(ratio: float, unit: int, combine: bool) -> int:

@@ -86,7 +86,10 @@ class ResidualSpec(ControlSpec):
 class EnvironmentSpec(Spec):
     """Where a policy acts."""
 
-    name: str = Field(description="holdfast/point-mass, metaworld/<task>, or a Gymnasium id")
+    name: str = Field(
+        description="holdfast/point-mass, metaworld/<task>, robosuite/<task>, furniture/<task>, or "
+        "a Gymnasium id"
+    )
     count: int = Field(16, ge=1, description="environments stepped together")
     time_limit: int | None = Field(None, ge=1, description="null: the task's own")
     sparse: bool = Field(False, description="reward 1 at success, where the episode ends; else 0")

@@ -11,7 +11,7 @@ from holdfast.control.demonstrations import Chunks, Demonstrations, Episode
 from holdfast.control.objectives import Cloning, DemonstrationBatches, PolicyOptimisation
 from holdfast.control.policies import Critic, DiffusionPolicy, GaussianPolicy, ResidualPolicy
 from holdfast.control.rollouts import EnvironmentRollouts, RolloutOptions
-from holdfast.joint import Mix, Objective
+from holdfast.joint import Interleave, Mix, Objective
 from holdfast.joint.optimizer import TrainerOptions
 from holdfast.joint.trainer import Trainer
 
@@ -149,6 +149,26 @@ def test_no_gradient_crosses_between_a_base_and_its_residual():
     il = touched(Cloning("mse")(policy, rows))
     assert rl and all(name.startswith(("actor.residual.", "critic.")) for name in rl)
     assert il and all(name.startswith("actor.base.") for name in il)
+
+
+def test_a_turn_of_one_objective_moves_no_parameter_of_the_other_network():
+    policy = build("residual")
+    rows = DemonstrationBatches(Chunks(demonstrations(), horizon=2), 20, seed=0)
+    objectives = {
+        "il": Objective("il", Cloning("mse"), rows),
+        "rl": Objective("rl", loss_of("residual"), source_of("residual", policy)),
+    }
+    # With momentum and decay: neither may move what has no gradient.
+    options = TrainerOptions(max_steps=9, learning_rate=1e-2, weight_decay=0.1)
+    schedule = Interleave("il", "rl", 2)
+    trainer = Trainer(policy, objectives, schedule, options, accelerator=Accelerator(cpu=True))
+    names = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    for turn in range(9):
+        before = {name: policy.get_parameter(name).detach().clone() for name in names}
+        trainer.train_step()
+        moved = {n for n in names if not torch.equal(before[n], policy.get_parameter(n))}
+        of = ("actor.base.",) if turn % 3 == 0 else ("actor.residual.", "critic.")
+        assert moved and all(name.startswith(of) for name in moved)
 
 
 def test_while_the_critic_warms_up_the_policy_has_no_gradient():

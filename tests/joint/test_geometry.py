@@ -51,6 +51,12 @@ def test_parameters_of_one_objective_alone_are_no_part_of_the_geometry():
     geometry = Geometry.of({"il": [policy, None], "rl": [other, critic]})
     assert geometry.norms == {"il": 5.0, "rl": 5.0}
     assert geometry.cosines["il/rl"] == pytest.approx(24 / 25)
+    assert set(geometry.as_record()) == {"norms", "cosines"}
+
+
+def test_gradients_of_different_parameters_have_no_geometry_to_record():
+    geometry = Geometry.of({"il": [torch.ones(2), None], "rl": [None, torch.ones(3)]})
+    assert not geometry.overlaps and geometry.as_record() == {}
 
 
 def test_the_cosine_with_a_zero_gradient_is_not_a_number():

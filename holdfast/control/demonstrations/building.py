@@ -34,7 +34,7 @@ def build_episode(
     observations, actions : array
         ``(T or T + 1, ...)`` and ``(T, ...)``; further axes are flattened.
     rewards : array, optional
-        ``(T,)``; zeros where the file has none.
+        ``(T,)``.
     terminations, truncations : array, optional
         ``(T,)``, a flag a step. Where a file has neither, the episode counts as truncated: nothing
         says that it was cut short.
@@ -67,9 +67,9 @@ def build_episode(
             episode=name,
             field="observations",
         )
-    earned = (
-        np.zeros(steps) if rewards is None else _vector(source, name, "rewards", rewards, steps)
-    )
+    earned = None
+    if rewards is not None:
+        earned = _vector(source, name, "rewards", rewards, steps).astype(np.float32)
     ends = {
         field: None if flags is None else _flags(source, name, field, flags, steps)
         for field, flags in (("terminations", terminations), ("truncations", truncations))
@@ -90,7 +90,7 @@ def build_episode(
     return Episode(
         observations=seen,
         actions=found,
-        rewards=earned.astype(np.float32),
+        rewards=earned,
         terminated=last["terminations"],
         truncated=(last["truncations"] and not last["terminations"]) or silent,
         success=success,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import traceback
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ def load_controller(path: str) -> Act:
     Raises
     ------
     RecipeError
-        If there is no such function, or it cannot be called.
+        If there is no such function, or it cannot be called; and whenever it raises itself.
     """
     file, colon, name = path.rpartition(":")
     if colon:
@@ -30,9 +32,18 @@ def load_controller(path: str) -> Act:
     else:
         module_name, _, name = path.rpartition(".")
         module = _by_name(path, module_name)
-    if not callable(getattr(module, name, None)):
+    function = getattr(module, name, None)
+    if not callable(function):
         raise RecipeError(f"controller '{path}': there is no function '{name}' in it")
-    return getattr(module, name)
+
+    @wraps(function)
+    def act(observations: Any) -> Any:
+        try:
+            return function(observations)
+        except Exception as error:  # Whatever a user's own function may raise.
+            raise RecipeError(f"controller '{path}' raised {_named(error)}") from error
+
+    return act
 
 
 def _from_file(path: str, file: Path) -> Any:
@@ -44,8 +55,8 @@ def _from_file(path: str, file: Path) -> Any:
     module = importlib.util.module_from_spec(specification)
     try:
         specification.loader.exec_module(module)
-    except (ImportError, SyntaxError) as error:
-        raise RecipeError(f"controller '{path}' cannot be loaded: {error}") from error
+    except Exception as error:  # Whatever a user's own file may raise.
+        raise RecipeError(f"controller '{path}' cannot be loaded: {_named(error)}") from error
     return module
 
 
@@ -54,5 +65,11 @@ def _by_name(path: str, module: str) -> Any:
         raise RecipeError(f"controller '{path}': name it as file.py:name or package.module.name")
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        raise RecipeError(f"controller '{path}' cannot be loaded: {error}") from error
+    except Exception as error:
+        raise RecipeError(f"controller '{path}' cannot be loaded: {_named(error)}") from error
+
+
+def _named(error: Exception) -> str:
+    """What was raised, and where."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({last.filename}, line {last.lineno})"

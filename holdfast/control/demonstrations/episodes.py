@@ -22,8 +22,8 @@ class Episode:
         ``(T + 1, observation_size)``, or ``(T, observation_size)`` where the last was not kept.
     actions : ndarray
         ``(T, action_size)``.
-    rewards : ndarray
-        ``(T,)``.
+    rewards : ndarray, optional
+        ``(T,)``; ``None`` where the source has none.
     terminated, truncated : bool
         How it ended. Neither: the recording was cut short.
     success : bool, optional
@@ -34,7 +34,7 @@ class Episode:
 
     observations: Floats
     actions: Floats
-    rewards: Floats
+    rewards: Floats | None
     terminated: bool
     truncated: bool
     success: bool | None = None
@@ -44,9 +44,9 @@ class Episode:
         return len(self.actions)
 
     @property
-    def total_reward(self) -> float:
-        """The undiscounted return."""
-        return float(self.rewards.sum(dtype=np.float64))
+    def total_reward(self) -> float | None:
+        """The undiscounted return, where rewards are known."""
+        return None if self.rewards is None else float(self.rewards.sum(dtype=np.float64))
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class Summary:
     episodes, steps : int
         How many.
     lengths, returns : tuple of float
-        Smallest, mean and largest of an episode.
+        Smallest, mean and largest of an episode; ``returns`` only where all have rewards.
     successes, known : int
         Episodes that succeeded, of those of which it is known.
     terminated, truncated, cut : int
@@ -40,7 +40,7 @@ class Summary:
     episodes: int
     steps: int
     lengths: tuple[float, float, float]
-    returns: tuple[float, float, float]
+    returns: tuple[float, float, float] | None
     successes: int
     known: int
     terminated: int
@@ -56,12 +56,13 @@ def summarize(demonstrations: Demonstrations) -> Summary:
     """Count and measure; at least one episode."""
     episodes = demonstrations.episodes
     known = [e.success for e in episodes if e.success is not None]
+    returns = [e.total_reward for e in episodes if e.total_reward is not None]
     actions = demonstrations.actions
     return Summary(
         episodes=len(episodes),
         steps=demonstrations.steps,
         lengths=_spread([float(len(e)) for e in episodes]),
-        returns=_spread([e.total_reward for e in episodes]),
+        returns=_spread(returns) if len(returns) == len(episodes) else None,
         successes=sum(known),
         known=len(known),
         terminated=sum(e.terminated for e in episodes),
@@ -96,7 +97,7 @@ def _facts(demonstrations: Demonstrations, summary: Summary) -> Mapping[str, str
         "episodes": str(summary.episodes),
         "steps": str(summary.steps),
         "length of an episode": _three(summary.lengths),
-        "return": _three(summary.returns),
+        "return": "not known" if summary.returns is None else _three(summary.returns),
         "success": rate,
         "ended": f"{summary.terminated} terminated, {summary.truncated} truncated"
         + (f", {summary.cut} cut short" if summary.cut else ""),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,14 +122,13 @@ def _columns(folder: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
         raise fault(folder, "there are no data/**/*.parquet files in it")
     parts: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
     for path in files:
-        table = _table(parquet, path)
+        found = _read(parquet.read_schema, path).names
         for name in names:
-            if name not in table.column_names:
-                raise fault(
-                    path,
-                    f"it is missing; found: {', '.join(table.column_names)}",
-                    field=name,
-                )
+            if name not in found:
+                raise fault(path, f"it is missing; found: {', '.join(found)}", field=name)
+        # Images may stand in the same files, and take many times as much.
+        table = _read(parquet.read_table, path, columns=list(names))
+        for name in names:
             try:
                 column = np.array(table.column(name).to_pylist())
             except ValueError:  # Rows of lists of several lengths.
@@ -150,16 +149,16 @@ def _lengths(folder: Path) -> dict[int, int]:
     parquet = require("pyarrow.parquet", str(folder), install="pip install pyarrow")
     lengths: dict[int, int] = {}
     for path in sorted((folder / "meta" / "episodes").glob("**/*.parquet")):
-        table = _table(parquet, path)
+        table = _read(parquet.read_table, path)
         if {"episode_index", "length"} <= set(table.column_names):
             numbers, steps = (table.column(k).to_pylist() for k in ("episode_index", "length"))
             lengths.update(zip(numbers, steps, strict=True))
     return lengths
 
 
-def _table(parquet: Any, path: Path) -> Any:
+def _read(read: Callable[..., Any], path: Path, **options: Any) -> Any:
     try:
-        return parquet.read_table(path)
+        return read(path, **options)
     except (OSError, ValueError) as error:  # pyarrow's own errors derive from these
         raise fault(path, f"this is not a readable Parquet file: {error}") from error
 

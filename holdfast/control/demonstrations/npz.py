@@ -1,8 +1,9 @@
 """Demonstrations as NumPy archives: this project's own form, easy to write from anywhere.
 
-``observations``, ``actions`` and ``rewards`` of all episodes, one after another; ``lengths``, the
-number of actions of each. There are as many observations as actions, or one more in every episode.
-Optional, one an episode: ``terminated``, ``truncated``, ``success`` (-1: not known), ``seeds``
+``observations`` and ``actions`` of all episodes, one after another; ``lengths``, the number of
+actions of each. There are as many observations as actions, or one more in every episode. Optional:
+``rewards``, one an action, which only objectives that learn from logged rewards need. Optional, one
+an episode: ``terminated``, ``truncated``, ``success`` (-1: not known), ``seeds``
 (-1: not known). ``metadata``: JSON with ``environment`` and ``details``.
 """
 
@@ -101,18 +102,22 @@ def read_npz(path: Path) -> Demonstrations:
 
 
 def write_npz(demonstrations: Demonstrations, path: Path) -> None:
-    """Write an archive. The last observations are kept if every episode has its own."""
+    """Write an archive. Last observations and rewards are kept if every episode has its own."""
     episodes = demonstrations.episodes
     whole = all(len(e.observations) == len(e) + 1 for e in episodes)
     metadata = {
         "environment": demonstrations.environment,
         "details": dict(demonstrations.details),
     }
+    rewards = [e.rewards for e in episodes if e.rewards is not None]
+    rewarded: dict[str, Any] = {}
+    if len(rewards) == len(episodes):
+        rewarded["rewards"] = np.concatenate(rewards)
     np.savez_compressed(
         path,
         observations=np.concatenate([e.observations[: len(e) + whole] for e in episodes]),
         actions=demonstrations.actions,
-        rewards=np.concatenate([e.rewards for e in episodes]),
+        **rewarded,
         lengths=np.array([len(e) for e in episodes], dtype=np.int64),
         terminated=np.array([e.terminated for e in episodes]),
         truncated=np.array([e.truncated for e in episodes]),

@@ -69,7 +69,8 @@ def write_robomimic(demonstrations: Demonstrations, path: Path) -> None:
             if len(episode.observations) > steps:
                 group["next_obs/flat"] = episode.observations[1:]
             group["actions"] = episode.actions
-            group["rewards"] = episode.rewards
+            if episode.rewards is not None:
+                group["rewards"] = episode.rewards
             group["dones"] = (np.arange(steps) == steps - 1).astype(np.int64)
 
 

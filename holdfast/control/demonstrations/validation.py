@@ -63,12 +63,14 @@ def validate(
                     field=field,
                 )
         for field in ("observations", "actions", "rewards"):
-            _finite(source, number, field, getattr(episode, field))
+            values = getattr(episode, field)
+            if values is not None:  # A file need not have rewards.
+                _finite(source, number, field, values)
         if not (episode.terminated or episode.truncated or allow_cut):
             raise fault(
                 source,
                 "the episode neither terminated nor was truncated: the recording was cut short. "
-                "Leave it out, or allow cut episodes if only its actions matter",
+                "Leave it out, or set allow_cut to true if only its actions matter",
                 episode=number,
                 step=len(episode) - 1,
             )
@@ -110,7 +112,7 @@ def _bounded(
             f"entry {entry} is {episode.actions[step, entry]:.6g}, beyond "
             f"[{low[entry]:.6g}, {high[entry]:.6g}] of {environments.name}. "
             f"{beyond.any(axis=1).mean():.1%} of this episode's actions are out of bounds; "
-            "ask for clipping if the environment clips as well",
+            "training clips them, as most environments do; make sure that this is what was meant",
             episode=number,
             step=step,
             field="actions",

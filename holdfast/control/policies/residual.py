@@ -1,7 +1,9 @@
 """A small Gaussian correction on top of another policy.
 
 Ankile et al., "From Imitation to Refinement: Residual RL for Precise Assembly" (ResiP); with the
-base still trained on demonstrations it is the network separation of Gao et al., "IN-RIL".
+base still trained on demonstrations it is the network separation of Gao et al., "IN-RIL". ResiP's
+residual looks at every step of the environment; this one corrects a chunk at once, so the two are
+alike only where the horizon is 1.
 """
 
 from __future__ import annotations

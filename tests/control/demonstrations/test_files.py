@@ -11,6 +11,7 @@ from holdfast.control.demonstrations import (
     Episode,
     check_name,
     read_demonstrations,
+    validate,
     write_demonstrations,
 )
 from holdfast.control.environments import SimulatorError
@@ -28,8 +29,7 @@ def episode(steps, *, seed=0, extra=1, **fields):
     return Episode(
         observations=numbers(steps + extra, 3, seed=seed),
         actions=numbers(steps, 2, seed=seed + 1),
-        rewards=numbers(steps, seed=seed + 2),
-        **{**ends, **fields},
+        **{"rewards": numbers(steps, seed=seed + 2), **ends, **fields},
     )
 
 
@@ -72,6 +72,14 @@ def test_an_archive_of_the_least_is_enough(tmp_path):
     first, second = read_demonstrations(tmp_path / "a.npz")
     np.testing.assert_array_equal(second.observations, numbers(5, 3)[2:])
     assert first.truncated and not first.terminated and first.seed is None
+    assert first.rewards is None and first.total_reward is None
+
+
+@pytest.mark.parametrize("name", ["some.npz", "some.hdf5"])
+def test_rewards_that_are_not_known_are_not_made_up(tmp_path, name):
+    demonstrations = Demonstrations((episode(2, rewards=None),), "here")
+    write_demonstrations(demonstrations, tmp_path / name)
+    assert validate(read_demonstrations(tmp_path / name)).episodes[0].rewards is None
 
 
 def test_one_array_is_no_archive(tmp_path):
@@ -305,6 +313,23 @@ class TestLeRobot:
         for number, one in enumerate(found):
             np.testing.assert_array_equal(one.observations, numbers(len(one), 3, seed=number))
             np.testing.assert_array_equal(one.actions, numbers(len(one), 2, seed=number))
+
+    def test_columns_that_are_not_needed_are_not_read(self, folder, monkeypatch):
+        import pyarrow.parquet as pq
+
+        asked, read = [], pq.read_table
+
+        def watched(path, columns=None):
+            asked.append(columns)
+            return read(path, columns=columns)
+
+        monkeypatch.setattr(pq, "read_table", watched)
+        path = folder / "data/chunk-000/file-000.parquet"
+        table = read(path)
+        pq.write_table(table.append_column("image", [[b"bytes"] * len(table)]), path)
+        assert len(read_demonstrations(folder)) == 3
+        assert all("image" not in columns for columns in asked if columns is not None)
+        assert sum(columns is not None for columns in asked) == 2
 
     def test_a_missing_file_is_noticed(self, folder):
         (folder / "data/chunk-000/file-001.parquet").unlink()

@@ -30,6 +30,15 @@ FOUND = Demonstrations(
 )
 
 
+def test_a_return_without_rewards_is_not_known():
+    found = replace(FOUND, episodes=(FOUND.episodes[0], replace(FOUND.episodes[1], rewards=None)))
+    assert summarize(found).returns is None
+    console = Console(width=120, record=True)
+    console.print(summary_tables(found))
+    row = next(line for line in console.export_text().splitlines() if " return " in line)
+    assert "not known" in row
+
+
 def test_the_numbers_are_those_of_the_episodes():
     summary = summarize(FOUND)
     assert (summary.episodes, summary.steps) == (3, 12)

@@ -145,6 +145,16 @@ def test_a_controller_is_found_in_a_file_or_a_module(tmp_path, monkeypatch):
         assert load_controller(path)(seen).shape == (2, 1, 2)
 
 
+def test_a_controller_that_raises_is_named_with_the_line(tmp_path):
+    file = tmp_path / "bad.py"
+    file.write_text("def act(seen):\n    return 1 / 0\n")
+    with pytest.raises(RecipeError, match=r"bad.py:act' raised ZeroDivisionError: .*line 2\)"):
+        load_controller(f"{file}:act")(np.ones((2, 1, 6), dtype=np.float32))
+    file.write_text("answer = missing\n")
+    with pytest.raises(RecipeError, match=r"cannot be loaded: NameError: .*line 1\)"):
+        load_controller(f"{file}:act")
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [
