@@ -638,7 +638,7 @@ def test_gains_of_an_interleave_are_estimated_where_they_are_wanted(
         ({"kind": "interleave"}, "either counts, or first, second and ratio"),
         ({"kind": "interleave", "first": "sft", "ratio": 2}, "either counts, or first"),
         ({"kind": "interleave", "counts": {"sft": 1}, "ratio": 2}, "either counts, or first"),
-        ({"kind": "interleave", "counts": {"sft": 0}}, "must be at least 1"),
+        ({"kind": "interleave", "counts": {"sft": 0}}, "counts['sft'] is 0: it must be a whole"),
         ({"kind": "interleave", "counts": {"sft": 1}, "combine": True}, "nothing else fits"),
         ({"kind": "interleave", **PAIR, "ratio": 0}, "schedule.ratio"),
         ({"kind": "interleave", **PAIR, "ratio": 2.5}, "ratio is 2.5: it must be a whole number"),
