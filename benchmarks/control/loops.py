@@ -1,7 +1,7 @@
 """The whole loop of PPO on Hopper, a line of output for every iteration.
 
-``python -m benchmarks.control.loops holdfast|sb3 ITERATIONS`` in a process of its own, with the
-settings of :data:`SETTINGS`; CleanRL's file takes the same on its command line.
+``python -m benchmarks.control.loops holdfast|sb3|bare ITERATIONS`` in a process of its own, with
+the settings of :data:`SETTINGS`; CleanRL's file takes the same on its command line.
 """
 
 from __future__ import annotations
@@ -126,6 +126,15 @@ def sb3(iterations: int) -> None:
     done()
 
 
+def plain(iterations: int) -> None:
+    import torch
+
+    from benchmarks.control.bare import bare
+
+    torch.set_num_threads(1)
+    bare(iterations, SETTINGS, TASK, done)
+
+
 def cleanrl_arguments(iterations: int) -> list[str]:
     """For CleanRL's ``ppo_continuous_action.py``, whose networks have these sizes."""
     given = {
@@ -147,4 +156,4 @@ def cleanrl_arguments(iterations: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    {"holdfast": holdfast, "sb3": sb3}[sys.argv[1]](int(sys.argv[2]))
+    {"holdfast": holdfast, "sb3": sb3, "bare": plain}[sys.argv[1]](int(sys.argv[2]))

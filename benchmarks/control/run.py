@@ -45,7 +45,8 @@ Seconds = dict[str, list[float]]
 def race(rounds: int, iterations: int, cleanrl: Path | None, packages: Path | None) -> Seconds:
     """Seconds of an iteration of the whole loop; contenders take turns, a process each."""
     module = [sys.executable, "-m", "benchmarks.control.loops"]
-    commands = {name: [*module, name, str(WARM_UP + iterations)] for name in ("holdfast", "sb3")}
+    names = ("holdfast", "sb3", "bare")
+    commands = {name: [*module, name, str(WARM_UP + iterations)] for name in names}
     if cleanrl is not None:
         arguments = cleanrl_arguments(WARM_UP + iterations)
         commands["cleanrl"] = [sys.executable, str(cleanrl.resolve()), *arguments]
@@ -126,10 +127,15 @@ def summarised(cells: Mapping[str, Seconds]) -> dict[str, Any]:
     if loop:
         rates = {name: PER_ITERATION / float(np.median(each)) for name, each in loop.items()}
         summary["steps_per_second"] = {name: round(rate) for name, rate in rates.items()}
-        for other in ("sb3", "cleanrl"):
-            if other in loop:
-                # Seconds the other way round: how many times the steps of the other.
-                summary[f"holdfast over {other}"] = ratio(loop[other], loop["holdfast"])
+        # Seconds the other way round: how many times the steps of the other.
+        for one, other in (
+            ("holdfast", "sb3"),
+            ("holdfast", "cleanrl"),
+            ("holdfast", "bare"),
+            ("bare", "sb3"),
+        ):
+            if {one, other} <= set(loop):
+                summary[f"{one} over {other}"] = ratio(loop[other], loop[one])
     if "dppo" in cells:
         summary["dppo"] = ratio(cells["dppo"]["holdfast"], cells["dppo"]["plain"])
     for rows in SURGERY:

@@ -1,12 +1,14 @@
 """The plain implementations are the same computation, and the measuring measures."""
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
 
 from benchmarks.control import run, updates
-from benchmarks.control.loops import PER_ITERATION
+from benchmarks.control.bare import bare
+from benchmarks.control.loops import PER_ITERATION, SETTINGS, TASK
 
 
 def test_the_plain_loss_has_the_same_value_and_gradient():
@@ -41,10 +43,22 @@ def test_every_contender_is_timed_in_every_round():
 def test_ratios_say_how_many_times_the_other_is_outdone():
     """A loop that takes half the time makes twice the steps."""
     cells = {
-        "loop": {"holdfast": [1.0, 2.0], "sb3": [2.0, 4.0]},
+        "loop": {"holdfast": [1.0, 2.0], "sb3": [2.0, 4.0], "bare": [0.5, 1.0]},
         "dppo": {"holdfast": [0.9, 0.9], "plain": [1.0, 1.0]},
     }
     found = run.summarised(cells)
     assert found["holdfast over sb3"] == {"ratio": 2.0, "interval": [2.0, 2.0]}
+    assert found["holdfast over bare"]["ratio"] == 0.5 and found["bare over sb3"]["ratio"] == 4.0
     assert found["dppo"]["ratio"] == 0.9 and "holdfast over cleanrl" not in found
     assert found["steps_per_second"]["holdfast"] == round(PER_ITERATION / 1.5)
+
+
+def test_the_bare_loop_trains_in_the_environment():
+    """It is a contender only if it does the work: a Hopper that is rewarded for not falling."""
+    pytest.importorskip("mujoco")
+    done = []
+    settings = {**SETTINGS, "environments": 4, "steps": 512, "learning_rate": 3e-3}
+    returns = bare(12, settings, TASK, lambda: done.append(True))
+    assert len(done) == 12
+    tenth = len(returns) // 10
+    assert np.mean(returns[-tenth:]) > 2 * np.mean(returns[:tenth])
