@@ -144,29 +144,29 @@ def test_sparse_needs_a_task_that_reports_success():
         environments.step(np.zeros((1, 1, 3), dtype=np.float32))
 
 
-class TestHopper:
+@pytest.mark.parametrize("name", ["Hopper-v5", "Walker2d-v5", "HalfCheetah-v5"])
+class TestMuJoCo:
     """MuJoCo, through everything."""
-
-    name = "Hopper-v5"
 
     @pytest.fixture(autouse=True)
     def _needs_mujoco(self):
         pytest.importorskip("mujoco")
 
-    def make(self, count=2, **options):
-        return make_environments(self.name, count, options=EnvironmentOptions(**options))
+    def make(self, name, count=2, **options):
+        return make_environments(name, count, options=EnvironmentOptions(**options))
 
-    def test_it_is_the_bare_environment(self):
-        environments = self.make()
+    def test_it_is_the_bare_environment(self, name):
+        # HalfCheetah's episodes end by the limit alone.
+        environments = self.make(name, time_limit=40)
         observations = environments.reset(1)
-        bare = [gymnasium.make(self.name) for _ in range(2)]
+        bare = [gymnasium.make(name, max_episode_steps=40) for _ in range(2)]
         for slot, env in enumerate(bare):
             first, _ = env.reset(seed=int(environments.seeds[slot]))
             np.testing.assert_array_equal(first.astype(np.float32), observations[slot, 0])
         draw = np.random.default_rng(0)
         ended = 0
         for _ in range(30):
-            chunk = draw.uniform(-1, 1, (2, 3, 3)).astype(np.float32)
+            chunk = draw.uniform(-1, 1, (2, 3, environments.action_size)).astype(np.float32)
             step = environments.step(chunk)
             for slot, env in enumerate(bare):
                 total = 0.0
@@ -186,11 +186,11 @@ class TestHopper:
                     )
         assert ended > 2
 
-    def test_a_loaded_state_goes_on_bit_for_bit(self):
-        first, second = self.make(history=2), self.make(history=2)
+    def test_a_loaded_state_goes_on_bit_for_bit(self, name):
+        first, second = self.make(name, history=2), self.make(name, history=2)
         first.reset(0)
         draw = np.random.default_rng(1)
-        chunks = draw.uniform(-1, 1, (30, 2, 2, 3)).astype(np.float32)
+        chunks = draw.uniform(-1, 1, (30, 2, 2, first.action_size)).astype(np.float32)
         for chunk in chunks[:17]:
             first.step(chunk)
         state = first.state_dict()
@@ -200,17 +200,20 @@ class TestHopper:
             for field in FIELDS:
                 np.testing.assert_array_equal(getattr(one, field), getattr(other, field), field)
 
-    def test_it_does_not_report_success(self):
-        environments = self.make(1)
+    def test_it_does_not_report_success(self, name):
+        environments = self.make(name, 1)
         environments.reset(0)
-        environments.step(np.zeros((1, 1, 3), dtype=np.float32))
+        environments.step(np.zeros((1, 1, environments.action_size), dtype=np.float32))
         assert not environments.reports_success
 
-    def test_options_and_keywords_reach_it(self):
-        environments = self.make(1, time_limit=60, keywords={"terminate_when_unhealthy": False})
-        environments.reset(0)
-        step = environments.step(np.zeros((1, 100, 3), dtype=np.float32))
-        assert step.truncated[0] and step.lengths[0] == 60
+
+def test_options_and_keywords_reach_the_task():
+    pytest.importorskip("mujoco")
+    options = EnvironmentOptions(time_limit=60, keywords={"terminate_when_unhealthy": False})
+    environments = make_environments("Hopper-v5", 1, options=options)
+    environments.reset(0)
+    step = environments.step(np.zeros((1, 100, 3), dtype=np.float32))
+    assert step.truncated[0] and step.lengths[0] == 60
 
 
 def test_other_actions_than_vectors_are_refused():
