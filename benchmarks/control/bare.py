@@ -18,7 +18,7 @@ OBSERVATION, ACTION = 11, 3
 """Sizes of Hopper's."""
 
 
-def bare(
+def train(
     iterations: int, settings: dict[str, Any], task: str, done: Callable[[], None]
 ) -> list[float]:
     """Train, and call ``done`` after every iteration; returns of the episodes that ended."""

@@ -126,13 +126,14 @@ def sb3(iterations: int) -> None:
     done()
 
 
-def plain(iterations: int) -> None:
-    import torch
+def bare(iterations: int) -> None:
+    from benchmarks.control.bare import train
 
-    from benchmarks.control.bare import bare
+    train(iterations, SETTINGS, TASK, done)
 
-    torch.set_num_threads(1)
-    bare(iterations, SETTINGS, TASK, done)
+
+CONTENDERS = {"holdfast": holdfast, "sb3": sb3, "bare": bare}
+"""By name, what trains for so many iterations."""
 
 
 def cleanrl_arguments(iterations: int) -> list[str]:
@@ -156,4 +157,4 @@ def cleanrl_arguments(iterations: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    {"holdfast": holdfast, "sb3": sb3, "bare": plain}[sys.argv[1]](int(sys.argv[2]))
+    CONTENDERS[sys.argv[1]](int(sys.argv[2]))

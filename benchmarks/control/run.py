@@ -22,7 +22,13 @@ import numpy as np
 import torch
 
 from benchmarks.control import updates
-from benchmarks.control.loops import PER_ITERATION, SETTINGS, TASK, cleanrl_arguments
+from benchmarks.control.loops import (
+    CONTENDERS,
+    PER_ITERATION,
+    SETTINGS,
+    TASK,
+    cleanrl_arguments,
+)
 from benchmarks.control.updates import Timed
 from benchmarks.results import Results, bootstrap_interval
 
@@ -45,8 +51,7 @@ Seconds = dict[str, list[float]]
 def race(rounds: int, iterations: int, cleanrl: Path | None, packages: Path | None) -> Seconds:
     """Seconds of an iteration of the whole loop; contenders take turns, a process each."""
     module = [sys.executable, "-m", "benchmarks.control.loops"]
-    names = ("holdfast", "sb3", "bare")
-    commands = {name: [*module, name, str(WARM_UP + iterations)] for name in names}
+    commands = {name: [*module, name, str(WARM_UP + iterations)] for name in CONTENDERS}
     if cleanrl is not None:
         arguments = cleanrl_arguments(WARM_UP + iterations)
         commands["cleanrl"] = [sys.executable, str(cleanrl.resolve()), *arguments]
@@ -186,7 +191,7 @@ def main() -> None:
             "rounds": options.rounds,
             "iterations": options.iterations,
             "loop": {"task": TASK, **SETTINGS},
-            "cleanrl": options.cleanrl is not None,
+            "contenders": [*CONTENDERS, *(["cleanrl"] if options.cleanrl else [])],
             "dppo": DPPO,
             "surgery": list(SURGERY),
         },

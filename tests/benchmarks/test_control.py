@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("diffusers")
 
 from benchmarks.control import run, updates
-from benchmarks.control.bare import bare
+from benchmarks.control.bare import train
 from benchmarks.control.loops import PER_ITERATION, SETTINGS, TASK
 
 
@@ -58,7 +58,7 @@ def test_the_bare_loop_trains_in_the_environment():
     pytest.importorskip("mujoco")
     done = []
     settings = {**SETTINGS, "environments": 4, "steps": 512, "learning_rate": 3e-3}
-    returns = bare(12, settings, TASK, lambda: done.append(True))
+    returns = train(12, settings, TASK, lambda: done.append(True))
     assert len(done) == 12
     tenth = len(returns) // 10
     assert np.mean(returns[-tenth:]) > 2 * np.mean(returns[:tenth])
